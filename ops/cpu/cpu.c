@@ -1,0 +1,72 @@
+#include "mmbal/cpu.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef MMBAL_X86
+#include <cpuid.h>
+#endif
+
+static const char *const isa_names[] = {"portable", "avx2", "avx512", "amx"};
+
+const char *mmbal_isa_name(mmbal_isa isa) { return isa_names[isa]; }
+
+int mmbal_isa_from_name(const char *name, mmbal_isa *isa) {
+    for (int i = MMBAL_ISA_PORTABLE; i <= MMBAL_ISA_AMX; i++) {
+        if (strcmp(name, isa_names[i]) == 0) {
+            *isa = (mmbal_isa)i;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static unsigned find_features(void) {
+    unsigned found = 0;
+#ifdef MMBAL_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= MMBAL_CPU_AVX2_FMA;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        found |= MMBAL_CPU_AVX512;
+    unsigned eax, ebx, ecx, edx;
+    if (found & MMBAL_CPU_AVX512) { /* Intel SDM vol. 2A, CPUID leaf 7: EAX bit 5 of sub-leaf 1, EDX bit 22 of 0 */
+        if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5))) found |= MMBAL_CPU_AVX512_BF16;
+        if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 22))) found |= MMBAL_CPU_AMX_BF16;
+    }
+#endif
+    return found;
+}
+
+/* Every thread that reads them first computes the same value, so a race writes it twice at worst. */
+unsigned mmbal_cpu_features(void) {
+    enum { UNREAD = -1 };
+    static int features = UNREAD;
+    int known = __atomic_load_n(&features, __ATOMIC_RELAXED);
+    if (known == UNREAD) {
+        known = (int)find_features();
+        __atomic_store_n(&features, known, __ATOMIC_RELAXED);
+    }
+    return (unsigned)known;
+}
+
+static mmbal_isa choose_isa(void) {
+    mmbal_isa cap = MMBAL_ISA_AVX512, best = MMBAL_ISA_PORTABLE, asked;
+    const char *wanted = getenv("MMBAL_ISA");
+    if (wanted && mmbal_isa_from_name(wanted, &asked) && asked < cap) cap = asked;
+    const unsigned features = mmbal_cpu_features();
+    if (features & MMBAL_CPU_AVX2_FMA) best = MMBAL_ISA_AVX2;
+    if (features & MMBAL_CPU_AVX512) best = MMBAL_ISA_AVX512;
+    return best < cap ? best : cap;
+}
+
+mmbal_isa mmbal_isa_in_use(void) {
+    enum { UNREAD = -1 };
+    static int isa = UNREAD;
+    int known = __atomic_load_n(&isa, __ATOMIC_RELAXED);
+    if (known == UNREAD) {
+        known = (int)choose_isa();
+        __atomic_store_n(&isa, known, __ATOMIC_RELAXED);
+    }
+    return (mmbal_isa)known;
+}

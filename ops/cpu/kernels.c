@@ -1,0 +1,18 @@
+#include "kernels.h"
+
+#include <stddef.h>
+
+#include "mmbal/cpu.h"
+
+const mmbal_kernels *mmbal_kernels_of(int isa) {
+    switch (isa) {
+    case MMBAL_ISA_PORTABLE: return &mmbal_kernels_portable;
+#ifdef MMBAL_X86
+    case MMBAL_ISA_AVX2: return &mmbal_kernels_avx2;
+    case MMBAL_ISA_AVX512: return &mmbal_kernels_avx512;
+#endif
+    default: return NULL;
+    }
+}
+
+const mmbal_kernels *mmbal_kernels_in_use(void) { return mmbal_kernels_of(mmbal_isa_in_use()); }

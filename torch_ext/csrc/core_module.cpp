@@ -1,0 +1,50 @@
+// mmbal._core: what is no operator. CPU features, build facts and the random numbers, for `mmbal info` and the tests.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "mmbal/cpu.h"
+#include "mmbal/philox.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> cpu_features() {
+    const unsigned found = mmbal_cpu_features();
+    std::vector<std::string> names;
+    if (found & MMBAL_CPU_AVX2_FMA) names.emplace_back("avx2+fma");
+    if (found & MMBAL_CPU_AVX512) names.emplace_back("avx512");
+    if (found & MMBAL_CPU_AVX512_BF16) names.emplace_back("avx512_bf16");
+    if (found & MMBAL_CPU_AMX_BF16) names.emplace_back("amx_bf16");
+    return names;
+}
+
+bool is_isa_name(const std::string& name) {
+    mmbal_isa isa;
+    return mmbal_isa_from_name(name.c_str(), &isa) != 0;
+}
+
+std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+    std::array<uint32_t, 4> words{};
+    mmbal_philox4x32(counter.data(), key.data(), words.data());
+    return words;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "What is no operator: CPU features, build facts, Philox words.";
+    m.def("cpu_features", &cpu_features, "Names of the instruction sets found that kernels may use.");
+    m.def("isa_in_use", [] { return std::string(mmbal_isa_name(mmbal_isa_in_use())); },
+          "The instruction set whose kernels run: portable, avx2 or avx512. MMBAL_ISA caps it.");
+    m.def("is_isa_name", &is_isa_name, py::arg("name"), "Whether name is a value that MMBAL_ISA may have.");
+    m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
+          "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");
+    m.attr("version") = MMBAL_VERSION;
+    m.attr("built_with_torch") = MMBAL_TORCH_VERSION;
+    m.attr("compiler") = MMBAL_COMPILER;
+}

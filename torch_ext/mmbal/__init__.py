@@ -1,0 +1,36 @@
+"""Operators and modules that balance modalities and train mixtures of experts.
+
+The operators are ``torch.ops.mmbal.*``; importing this package registers them.
+"""
+
+from mmbal import expert_mlp, mcl, router_loss, routing  # the operators register themselves
+from mmbal._core import version as __version__
+from mmbal.checkpoint import load_clip_moe, save_clip_moe
+from mmbal.moe import (
+    Experts,
+    MoEMLP,
+    RouterLosses,
+    RouterRecord,
+    collect_router,
+    freeze_except_router,
+    router_losses,
+)
+from mmbal.upcycling import upcycle
+
+__all__ = [
+    "Experts",
+    "MoEMLP",
+    "RouterLosses",
+    "RouterRecord",
+    "__version__",
+    "collect_router",
+    "expert_mlp",
+    "freeze_except_router",
+    "load_clip_moe",
+    "mcl",
+    "router_loss",
+    "router_losses",
+    "routing",
+    "save_clip_moe",
+    "upcycle",
+]

@@ -1,0 +1,26 @@
+"""Loads the operators. Everything that touches ``torch.ops.mmbal`` imports this module first."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from mmbal import _core
+
+_LIBRARY = Path(_core.__file__).with_name("libmmbal_torch.so")
+
+if (_isa := os.environ.get("MMBAL_ISA")) is not None and not _core.is_isa_name(_isa):
+    raise ValueError(f"MMBAL_ISA must be portable, avx2, avx512 or amx, got {_isa!r}")
+
+torch.ops.load_library(str(_LIBRARY))
+
+ops = torch.ops.mmbal
+
+
+def refuse_double_backward(op: str) -> None:
+    """Registers an autograd for ``mmbal::op`` that raises: an unregistered one would warn and give wrong numbers."""
+
+    def backward(ctx, *gradients):
+        raise RuntimeError(f"mmbal::{op} has no derivative: double backward is not supported")
+
+    torch.library.register_autograd(f"mmbal::{op}", backward)

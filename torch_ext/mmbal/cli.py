@@ -1,0 +1,95 @@
+"""The command ``mmbal``."""
+
+import ctypes
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Operators that balance modalities and train mixtures of experts.", no_args_is_help=True)
+
+
+def _version_of(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda_library():
+    """What the CUDA library says of itself, or why there is none."""
+    from mmbal import _core
+
+    path = Path(_core.__file__).with_name("libmmbal_cuda.so")
+    if not path.exists():
+        return "not built (needs nvcc at installation, and MMBAL_CUDA not 0)"
+    build_info = ctypes.CDLL(str(path)).mmbal_cuda_build_info
+    build_info.restype = ctypes.c_char_p
+    return f"present, {build_info().decode()}; no operator runs on CUDA yet"
+
+
+def _operators():
+    import torch
+
+    schemas = torch._C._jit_get_all_schemas()
+    return sorted(s.name.removeprefix("mmbal::") for s in schemas if s.name.startswith("mmbal::"))
+
+
+@app.command()
+def info():
+    """Versions, CPU features in use, threads, CUDA library and operators."""
+    import torch
+
+    from mmbal import _core
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    cap = os.environ.get("MMBAL_ISA")
+    rows = {
+        "mmbal": f"{_core.version}, built with {_core.compiler} against torch {_core.built_with_torch}",
+        "torch": torch.__version__,
+        "transformers": _version_of("transformers"),
+        "python": platform.python_version(),
+        "CPU features": ", ".join(_core.cpu_features()) or "none that kernels use",
+        "kernels in use": _core.isa_in_use() + (f" (MMBAL_ISA={cap})" if cap else ""),
+        "bfloat16": "converted to float32 while packing: no kernels for bfloat16 instructions yet",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()}, torch's own pool",
+        "CUDA library": _cuda_library(),
+        "operators": "\n".join(_operators()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(soft_wrap=True).print(table, markup=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where results go; stages found there are not done again.")] = Path(
+        "mmbal-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of clusters, batches, routers.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps of each stage: shows that it runs, not what it gains.")
+    ] = False,
+    train_parent: Annotated[
+        bool, typer.Option("--train-parent", help="Train the parent anew instead of taking the shipped one.")
+    ] = False,
+):
+    """Upcycles a small CLIP into a mixture of experts on real image-caption pairs and reports what it gained."""
+    from mmbal.demo.run import run_demo
+
+    try:
+        run_demo(out, seed=seed, quick=quick, train_parent=train_parent)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nStopped. Finished stages are kept in {out / 'stages'}; the same command goes on from there.", err=True
+        )
+        raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -112,8 +112,8 @@ gtest:
 	install="apt-get install -y --no-install-recommends libgtest-dev"; \
 	if has_gtest; then exit 0; fi; \
 	if command -v apt-get > /dev/null; then \
-	    if [ "$$(id -u)" = 0 ]; then apt-get update -q; $$install; \
-	    elif sudo -n true 2> /dev/null; then sudo apt-get update -q; sudo $$install; fi; \
+	    if [ "$$(id -u)" = 0 ]; then apt-get update -q && $$install || true; \
+	    elif sudo -n true 2> /dev/null; then sudo apt-get update -q && sudo $$install || true; fi; \
 	fi; \
 	has_gtest || { echo "GoogleTest is missing. Type: sudo apt-get install libgtest-dev"; exit 1; }
 

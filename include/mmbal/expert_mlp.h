@@ -9,7 +9,8 @@
  *     y[n] = sum_k weights[n,k] o[inverse[n,k]]          real sums in the order of k, rounded once
  *
  * Masks are Philox4x32-10 bits, key = seed, counter = (element / 4, offset << 8 | tensor), lane = element % 4, kept
- * where (word >> 8) 2^-24 >= p. tensor 1, element (n K + k) F + f for the hidden mask; 2, (n K + k) D + d for the output.
+ * where (word >> 8) 2^-24 >= p. tensor 1, element (n K + k) F + f for the hidden mask; 2, (n K + k) D + d for the
+ * output.
  */
 #ifndef MMBAL_EXPERT_MLP_H
 #define MMBAL_EXPERT_MLP_H

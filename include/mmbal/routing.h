@@ -21,8 +21,8 @@ extern "C" {
  *              = softmax(logits[n,:])[indices[n,:]]        otherwise
  * -inf is a mask (weight 0). A row with a NaN, in logits or bias, has indices 0..K-1 and NaN weights; a row whose
  * kept logits are all -inf has NaN weights. MMBAL_INVALID_ARGUMENT unless 1 <= K <= E and N >= 0. */
-mmbal_status mmbal_moe_topk(mmbal_dtype dtype, const void *logits, /* [N, E] */
-                            const void *selection_bias,            /* [E] or NULL */
+mmbal_status mmbal_moe_topk(mmbal_dtype dtype, const void *logits,                         /* [N, E] */
+                            const void *selection_bias,                                    /* [E] or NULL */
                             int64_t N, int64_t E, int64_t K, int normalize, void *weights, /* [N, K] out */
                             int64_t *indices,                                              /* [N, K] out */
                             const mmbal_pool *pool);
@@ -39,7 +39,7 @@ mmbal_status mmbal_moe_topk_backward(mmbal_dtype dtype, const void *dweights, /*
 /* The pairs n K + k sorted by expert, in order of n K + k within an expert:
  *     permutation[r] = the pair in place r, inverse its inverse, expert e owns the places offsets[e] .. offsets[e+1]
  * MMBAL_INVALID_INDEX when an index is outside [0, E); outputs are undefined then. */
-mmbal_status mmbal_moe_dispatch(const int64_t *indices, /* [N, K] */
+mmbal_status mmbal_moe_dispatch(const int64_t *indices,                                /* [N, K] */
                                 int64_t N, int64_t K, int64_t E, int64_t *permutation, /* [R] out */
                                 int64_t *offsets,                                      /* [E + 1] out */
                                 int64_t *inverse);                                     /* [N, K] out */

@@ -27,7 +27,8 @@ static inline void fill_mask(const dropout *d, int64_t first, int64_t n, double 
     for (int64_t i = 0; i < n; i++) {
         const uint64_t element = (uint64_t)(first + i), four = element / 4;
         if (i == 0 || element % 4 == 0) {
-            const uint32_t counter[4] = {(uint32_t)four, (uint32_t)(four >> 32), d->counter_high[0], d->counter_high[1]};
+            const uint32_t counter[4] = {(uint32_t)four, (uint32_t)(four >> 32), d->counter_high[0],
+                                         d->counter_high[1]};
             mmbal_philox4x32(counter, d->key, words);
         }
         mask[i] = (double)(words[element % 4] >> 8) * 0x1p-24 >= d->probability ? d->scale : 0;

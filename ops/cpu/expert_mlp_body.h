@@ -13,12 +13,12 @@ typedef struct {
     STORED *y, *kept_preactivation, *dx, *dw1, *db1, *dw2, *db2; /* outputs, NULL where not asked for */
     REAL *dweights;
     /* workspace */
-    STORED *hidden;    /* [R, F] a; in the backward weights * a */
-    STORED *dhidden;   /* [R, F] du */
-    STORED *g;         /* [R, D] dy of the routed row under its output mask; only with output dropout */
-    REAL *rows;        /* [R, D] o; in the backward dx of the routed row */
-    REAL *dot_parts;   /* [R, blocks across F] parts of <h, a> */
-    REAL *scratch;     /* [workers, SCRATCH] */
+    STORED *hidden;  /* [R, F] a; in the backward weights * a */
+    STORED *dhidden; /* [R, F] du */
+    STORED *g;       /* [R, D] dy of the routed row under its output mask; only with output dropout */
+    REAL *rows;      /* [R, D] o; in the backward dx of the routed row */
+    REAL *dot_parts; /* [R, blocks across F] parts of <h, a> */
+    REAL *scratch;   /* [workers, SCRATCH] */
 } NAME(call);
 
 static NAME(call) NAME(begin_call)(const mmbal_expert_mlp_inputs *in, mmbal_expert_mlp_shape s,

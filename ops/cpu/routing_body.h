@@ -19,7 +19,8 @@ static int NAME(select_largest)(const NAME(topk_rows) * t, const STORED *logits,
         if (isnan(score)) return 0;
         if (kept == t->K && score <= best[kept - 1]) continue;
         int64_t place = kept < t->K ? kept++ : kept - 1;
-        for (; place > 0 && best[place - 1] < score; place--) best[place] = best[place - 1], index[place] = index[place - 1];
+        for (; place > 0 && best[place - 1] < score; place--)
+            best[place] = best[place - 1], index[place] = index[place - 1];
         best[place] = score, index[place] = e;
     }
     return 1;

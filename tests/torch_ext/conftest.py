@@ -10,8 +10,10 @@ def same_random_numbers():
 
 
 @pytest.fixture(autouse=True)
-def same_threads_afterwards():
+def one_thread():
+    """Small tensors are fastest so; the tests about threads choose their own number."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

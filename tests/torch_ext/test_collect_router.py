@@ -149,6 +149,68 @@ def test_checkpointing_gives_the_same_gradients_of_task_and_balance(x, backward_
         oracles.assert_near(q.grad, p.grad, 1e-5, name)
 
 
+class Twice(nn.Module):
+    """One mixture that serves two layers."""
+
+    def __init__(self, checkpointing):
+        super().__init__()
+        self.mlp, self.checkpointing = MoEMLP(6, 10, 4), checkpointing
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x + (checkpoint(self.mlp, x, use_reentrant=False) if self.checkpointing else self.mlp(x))
+        return x
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_is_used_twice_counts_twice(x, checkpointing):
+    model = Twice(checkpointing)
+    with collect_router(model) as routers:
+        model(x).sum().backward()
+    assert sum(r.counts.sum() for r in routers) == 2 * 70
+
+
+@pytest.mark.parametrize("checkpointing", [None, False])
+def test_steps_of_gradient_accumulation_in_one_context_count_each(x, checkpointing):
+    model = Stack(2, checkpointing)
+    with collect_router(model) as routers:
+        for _ in range(3):
+            model(x).sum().backward()
+    assert sum(r.counts.sum() for r in routers) == 3 * 2 * 70
+
+
+def test_a_context_opened_for_the_backward_pass_alone_collects_no_recomputation(x):
+    model = Stack(2, checkpointing=False)
+    y = model(x)
+    with collect_router(model) as routers:
+        y.sum().backward()
+    assert len(routers) == 0
+
+
+def test_losses_that_cannot_train_after_reentrant_checkpointing_say_so(x):
+    model = Stack(1, checkpointing=True)
+    with collect_router(model) as routers:
+        model(x.requires_grad_())
+    with pytest.warns(UserWarning, match="(?i)gradient"):
+        router_losses(routers)
+
+
+def test_a_clip_with_gradient_checkpointing_counts_once_and_trains_its_routers(make_clip, clip_batch):
+    model = mmbal.upcycle(make_clip(0), num_experts=4, expert_init="noise").train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        with collect_router(model) as routers:
+            loss = model(**clip_batch, return_loss=True).loss + router_losses(routers, load_balance=1.0).total
+            loss.backward()
+        assert len(routers) == 7
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if n.endswith("router.weight")})
+    for name, expected in gradients[0].items():
+        oracles.assert_near(gradients[1][name], expected, 1e-4, name)
+
+
 @pytest.mark.parametrize("compile_first", [True, False])
 def test_collection_survives_torch_compile(x, compile_first):
     model = Stack(2)
@@ -166,6 +228,21 @@ def test_collection_survives_torch_compile(x, compile_first):
             oracles.assert_near(ours.logits, eager.logits, 1e-6)
     router_losses(routers, load_balance=1.0).total.backward()
     assert all(block.mlp.router.weight.grad.any() for block in model.blocks)
+
+
+def test_a_step_that_collects_compiles_in_one_graph(x):
+    model = Stack(2)
+
+    def step(x):
+        with collect_router(model) as routers:
+            y = model(x)
+        return y.square().mean() + router_losses(routers, load_balance=1.0, z=0.1).total
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    ours = torch.autograd.grad(compiled(x), list(model.parameters()))
+    eager = torch.autograd.grad(step(x), list(model.parameters()))
+    for a, b in zip(ours, eager, strict=True):
+        oracles.assert_near(a, b, 1e-5)
 
 
 def test_the_token_mask_is_recorded_flat_and_respected_by_the_losses(x):

@@ -11,7 +11,7 @@ NORMALIZATIONS = ["mixtral", "megatron", "switch"]
 
 
 def record(logits, K=2, mask=None, name="layer"):
-    return RouterRecord(name, logits, oracles.topk(logits, K)[1], mask, logits.shape[1])
+    return RouterRecord(name, logits, oracles.topk(logits, K)[1], mask, logits.shape[1], logits.requires_grad)
 
 
 def test_pooling_hides_a_collapse_that_the_mean_over_layers_shows():
@@ -35,6 +35,7 @@ def test_router_losses_of_layers_of_different_size_and_their_weighted_total(norm
         torch.cat([layer.indices for layer in layers]),
         torch.cat([layer.token_mask for layer in layers]) if masked else None,
         5,
+        False,
     )
     for pool, parts in (("per_layer_mean", layers), ("pooled", [together])):
         losses = router_losses(layers, load_balance=0.01, z=0.001, pool=pool, normalize=normalize)

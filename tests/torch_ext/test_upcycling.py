@@ -34,6 +34,13 @@ def test_copies_with_normalized_weights_equal_the_dense_clip(make_clip, clip_bat
     assert_same_outputs(moe, dense, clip_batch)
 
 
+def test_four_copies_are_made_where_nothing_is_said(make_clip, clip_batch):
+    dense = make_clip(0)
+    moe = upcycle(copy.deepcopy(dense))
+    assert {m.experts.w1.shape[0] for m in mixtures(moe).values()} == {4}
+    assert_same_outputs(moe, dense, clip_batch)
+
+
 def test_upcycling_changes_the_model_in_place_and_returns_it(make_clip):
     model = make_clip(0)
     others = {n: p for n, p in model.named_parameters() if ".mlp." not in n}
@@ -160,10 +167,10 @@ def test_layers_are_chosen_tower_by_tower(make_clip, clip_batch, layers, vision,
     assert_same_outputs(moe, dense, clip_batch)
 
 
-def test_every_second_layer_is_half_of_them_and_evenly_spread(make_clip):
+def test_every_second_layer_counts_from_the_second(make_clip):
     moe = upcycle(make_clip(0), num_experts=2, expert_init="copy", layers={"text": "every:2"})
     chosen = [i for i in range(4) if mlp_name("text", i) in mixtures(moe)]
-    assert chosen in ([0, 2], [1, 3])
+    assert chosen == [1, 3]
 
 
 def test_router_inits(make_clip):
@@ -239,7 +246,7 @@ def plain_model(act=None, depth=4):
     return nn.Sequential(*(PlainBlock(act or nn.GELU()) for _ in range(depth)))
 
 
-@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU(), nn.Identity()])
+@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU()])
 def test_any_module_with_mlp_blocks_of_two_linears_is_served(act):
     dense, x = plain_model(act), torch.randn(3, 5, 6)
     moe = upcycle(copy.deepcopy(dense), num_experts=4, expert_init="copy")

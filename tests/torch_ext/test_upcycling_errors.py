@@ -17,7 +17,7 @@ COPY = {"num_experts": 4, "expert_init": "copy"}
         ({**COPY, "top_k": 5}, "top_k"),
         ({**COPY, "top_k": 0}, "top_k"),
         ({**COPY, "num_experts": 0}, "num_experts"),
-        ({"expert_init": "copy"}, "num_experts"),
+        ({"expert_init": "sources"}, "experts"),
         ({**COPY, "expert_init": "clone"}, "expert_init"),
         ({**COPY, "router_init": "gaussian"}, "router_init"),
         ({**COPY, "router_init": "normal:x"}, "router_init"),
@@ -58,9 +58,7 @@ def test_more_choices_than_sources_are_refused(make_clip, siblings):
         upcycle(copy.deepcopy(base), siblings(base, 1), include_base=False, top_k=2)
 
 
-def test_no_experts_and_no_number_are_refused(make_clip):
-    with pytest.raises(ValueError, match="experts"):
-        upcycle(make_clip(0))
+def test_an_empty_list_of_sources_is_refused(make_clip):
     with pytest.raises(ValueError, match="experts"):
         upcycle(make_clip(0), [])
 

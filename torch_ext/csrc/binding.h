@@ -23,18 +23,18 @@ using torch::stable::Tensor;
 
 // One call's view of torch's threads. Inside another parallel region torch runs it serially, and so do we.
 class TorchPool {
-  public:
+public:
     TorchPool() : pool_{run, static_cast<int>(std::max<uint32_t>(1, torch::stable::get_num_threads())), &pool_} {}
-    TorchPool(const TorchPool&) = delete;
-    TorchPool& operator=(const TorchPool&) = delete;
-    const mmbal_pool* get() const { return &pool_; }
+    TorchPool(const TorchPool &) = delete;
+    TorchPool &operator=(const TorchPool &) = delete;
+    const mmbal_pool *get() const { return &pool_; }
     int workers() const { return pool_.workers; }
 
-  private:
-    static mmbal_status run(void* self, int64_t count, int64_t grain, mmbal_task* task, void* context) {
+private:
+    static mmbal_status run(void *self, int64_t count, int64_t grain, mmbal_task *task, void *context) {
         mmbal_queue queue{count, grain, task, context, 0, MMBAL_OK};
         const int64_t pieces = (count + grain - 1) / grain;
-        const int64_t workers = std::min<int64_t>(static_cast<mmbal_pool*>(self)->workers, pieces);
+        const int64_t workers = std::min<int64_t>(static_cast<mmbal_pool *>(self)->workers, pieces);
         torch::stable::parallel_for(0, workers, 1, [&queue](int64_t begin, int64_t end) {
             for (int64_t worker = begin; worker < end; worker++) mmbal_queue_drain(&queue, static_cast<int>(worker));
         });
@@ -43,12 +43,12 @@ class TorchPool {
     mmbal_pool pool_;
 };
 
-inline void check(mmbal_status status, const char* op) {
+inline void check(mmbal_status status, const char *op) {
     STD_TORCH_CHECK(status == MMBAL_OK, op, ": ", mmbal_status_string(status));
 }
 
 template <typename Sizes>
-std::string shape_text(const Sizes& sizes) {
+std::string shape_text(const Sizes &sizes) {
     std::string text = "[";
     for (size_t i = 0; i < sizes.size(); i++) {
         if (i > 0) text += ", ";
@@ -57,7 +57,7 @@ std::string shape_text(const Sizes& sizes) {
     return text + "]";
 }
 
-inline const char* dtype_text(ScalarType type) {
+inline const char *dtype_text(ScalarType type) {
     switch (type) {
     case ScalarType::Float: return "float32";
     case ScalarType::Double: return "float64";
@@ -71,8 +71,8 @@ inline const char* dtype_text(ScalarType type) {
 }
 
 // letters: what the dimensions are called, as in "[E, F, D]"; expected: their sizes, -1 where any will do.
-inline void check_shape(const char* op, const char* name, const Tensor& t, const char* letters,
-                        const std::vector<int64_t>& expected) {
+inline void check_shape(const char *op, const char *name, const Tensor &t, const char *letters,
+                        const std::vector<int64_t> &expected) {
     const auto sizes = t.sizes();
     bool same = sizes.size() == expected.size();
     for (size_t i = 0; same && i < expected.size(); i++) same = expected[i] == -1 || expected[i] == sizes[i];
@@ -81,12 +81,12 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
     STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other arguments");
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType expected) {
+inline void check_dtype(const char *op, const char *name, const Tensor &t, ScalarType expected) {
     STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " must be ", dtype_text(expected), ", got ",
                     dtype_text(t.scalar_type()));
 }
 
-inline mmbal_dtype storage_dtype(const char* op, const char* name, const Tensor& t) {
+inline mmbal_dtype storage_dtype(const char *op, const char *name, const Tensor &t) {
     switch (t.scalar_type()) {
     case ScalarType::Float: return MMBAL_F32;
     case ScalarType::BFloat16: return MMBAL_BF16;
@@ -100,16 +100,16 @@ inline mmbal_dtype storage_dtype(const char* op, const char* name, const Tensor&
 // The dtype that sums, routing weights and losses have.
 inline ScalarType real_type(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? ScalarType::Double : ScalarType::Float; }
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+inline std::optional<Tensor> contiguous(const std::optional<Tensor> &t) {
     return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+inline const void *data_or_null(const std::optional<Tensor> &t) { return t ? t->const_data_ptr() : nullptr; }
 
-inline const int64_t* index_data(const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); }
+inline const int64_t *index_data(const Tensor &t) { return static_cast<const int64_t *>(t.const_data_ptr()); }
 
-inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
+inline Tensor new_workspace(const Tensor &like, int64_t bytes) {
     return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
-}  // namespace mmbal
+} // namespace mmbal

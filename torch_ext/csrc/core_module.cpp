@@ -23,24 +23,25 @@ std::vector<std::string> cpu_features() {
     return names;
 }
 
-bool is_isa_name(const std::string& name) {
+bool is_isa_name(const std::string &name) {
     mmbal_isa isa;
     return mmbal_isa_from_name(name.c_str(), &isa) != 0;
 }
 
-std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+std::array<uint32_t, 4> philox(const std::array<uint32_t, 4> &counter, const std::array<uint32_t, 2> &key) {
     std::array<uint32_t, 4> words{};
     mmbal_philox4x32(counter.data(), key.data(), words.data());
     return words;
 }
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "What is no operator: CPU features, build facts, Philox words.";
     m.def("cpu_features", &cpu_features, "Names of the instruction sets found that kernels may use.");
-    m.def("isa_in_use", [] { return std::string(mmbal_isa_name(mmbal_isa_in_use())); },
-          "The instruction set whose kernels run: portable, avx2 or avx512. MMBAL_ISA caps it.");
+    m.def(
+        "isa_in_use", [] { return std::string(mmbal_isa_name(mmbal_isa_in_use())); },
+        "The instruction set whose kernels run: portable, avx2 or avx512. MMBAL_ISA caps it.");
     m.def("is_isa_name", &is_isa_name, py::arg("name"), "Whether name is a value that MMBAL_ISA may have.");
     m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
           "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");

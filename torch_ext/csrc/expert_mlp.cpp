@@ -7,7 +7,7 @@ namespace {
 
 // The arguments that forward and backward share, checked and contiguous.
 struct Call {
-    const char* op;
+    const char *op;
     Tensor x, w1, w2, weights, permutation, offsets, inverse;
     std::optional<Tensor> b1, b2;
     mmbal_dtype dtype{};
@@ -15,8 +15,8 @@ struct Call {
     mmbal_expert_mlp_options options{};
 
     mmbal_expert_mlp_inputs inputs() const {
-        return {x.const_data_ptr(),    w1.const_data_ptr(),     data_or_null(b1),
-                w2.const_data_ptr(),   data_or_null(b2),        weights.const_data_ptr(),
+        return {x.const_data_ptr(),      w1.const_data_ptr(), data_or_null(b1),
+                w2.const_data_ptr(),     data_or_null(b2),    weights.const_data_ptr(),
                 index_data(permutation), index_data(offsets), index_data(inverse)};
     }
 
@@ -42,7 +42,7 @@ struct Call {
         shape = {N, D, F, E, K};
     }
 
-    void check_options(const std::string& activation, double dropout, double output_dropout, int64_t seed,
+    void check_options(const std::string &activation, double dropout, double output_dropout, int64_t seed,
                        int64_t offset) {
         STD_TORCH_CHECK(mmbal_activation_from_name(activation.c_str(), &options.activation), op,
                         ": activation must be quick_gelu, gelu, gelu_tanh, relu, relu2, silu or identity, got ",
@@ -56,7 +56,7 @@ struct Call {
     }
 
     void make_contiguous() {
-        for (Tensor* t : {&x, &w1, &w2, &weights, &permutation, &offsets, &inverse}) *t = torch::stable::contiguous(*t);
+        for (Tensor *t : {&x, &w1, &w2, &weights, &permutation, &offsets, &inverse}) *t = torch::stable::contiguous(*t);
         b1 = contiguous(b1), b2 = contiguous(b2);
     }
 
@@ -66,12 +66,12 @@ struct Call {
         check(status, op);
     }
 
-  private:
-    void check_parameter(const char* name, const Tensor& t, const char* letters, const std::vector<int64_t>& sizes) {
+private:
+    void check_parameter(const char *name, const Tensor &t, const char *letters, const std::vector<int64_t> &sizes) {
         check_shape(op, name, t, letters, sizes);
         check_dtype(op, name, t, x.scalar_type());
     }
-    void check_routing(const char* name, const Tensor& t, const char* letters, const std::vector<int64_t>& sizes) {
+    void check_routing(const char *name, const Tensor &t, const char *letters, const std::vector<int64_t> &sizes) {
         check_shape(op, name, t, letters, sizes);
         check_dtype(op, name, t, ScalarType::Long);
     }
@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
     call.make_contiguous();
     const auto [N, D, F, E, K] = call.shape;
     Tensor y = torch::stable::new_empty(call.x, {N, D});
-    Tensor preactivation = keep_preactivation ? torch::stable::new_empty(call.x, {N * K, F})
-                                              : torch::stable::new_empty(call.x, {0, F});
+    Tensor preactivation =
+        keep_preactivation ? torch::stable::new_empty(call.x, {N * K, F}) : torch::stable::new_empty(call.x, {0, F});
     TorchPool pool;
     Tensor workspace = new_workspace(call.x, mmbal_expert_mlp_workspace(call.dtype, call.shape, pool.workers()));
     const mmbal_expert_mlp_inputs inputs = call.inputs();
@@ -120,15 +120,16 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
 
     const std::vector<std::vector<int64_t>> sizes = {{N, D}, {E, F, D}, {E, F}, {E, D, F}, {E, D}, {N, K}};
     std::vector<Tensor> gradients;
-    std::vector<void*> data;
+    std::vector<void *> data;
     for (size_t i = 0; i < sizes.size(); i++) {
-        const Tensor& like = i == 5 ? call.weights : call.x;
+        const Tensor &like = i == 5 ? call.weights : call.x;
         const std::vector<int64_t> none = {0};
         gradients.push_back(torch::stable::new_empty(like, needed[i] ? sizes[i] : none));
         data.push_back(needed[i] ? gradients[i].mutable_data_ptr() : nullptr);
     }
     TorchPool pool;
-    Tensor workspace = new_workspace(call.x, mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, pool.workers()));
+    Tensor workspace =
+        new_workspace(call.x, mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, pool.workers()));
     const mmbal_expert_mlp_inputs inputs = call.inputs();
     const mmbal_expert_mlp_gradients outputs = {data[0], data[1], data[2], data[3], data[4], data[5]};
     call.check_result(mmbal_expert_mlp_backward(call.dtype, dy.const_data_ptr(), &inputs,
@@ -137,8 +138,8 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
     return {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]};
 }
 
-}  // namespace
-}  // namespace mmbal
+} // namespace
+} // namespace mmbal
 
 // The options of the three schemas; only the public one has defaults.
 #define MMBAL_OPTIONS(default_)                                                                                        \
@@ -152,11 +153,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("expert_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor weights, Tensor permutation, "
           "Tensor offsets, Tensor inverse, " MMBAL_OPTIONS(WITH_DEFAULT) ") -> Tensor");
     m.def("expert_mlp_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor weights, "
-          "Tensor permutation, Tensor offsets, Tensor inverse, " MMBAL_OPTIONS(WITHOUT_DEFAULT) ", "
-          "bool keep_preactivation) -> (Tensor y, Tensor preactivation)");
+          "Tensor permutation, Tensor offsets, Tensor inverse, " MMBAL_OPTIONS(
+              WITHOUT_DEFAULT) ", "
+                               "bool keep_preactivation) -> (Tensor y, Tensor preactivation)");
     m.def("expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor weights, "
-          "Tensor permutation, Tensor offsets, Tensor inverse, Tensor preactivation, " MMBAL_OPTIONS(WITHOUT_DEFAULT) ", "
-          "bool[] needed) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dweights)");
+          "Tensor permutation, Tensor offsets, Tensor inverse, Tensor preactivation, " MMBAL_OPTIONS(
+              WITHOUT_DEFAULT) ", "
+                               "bool[] needed) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor "
+                               "dweights)");
 }
 STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
     m.impl("expert_mlp_forward", TORCH_BOX(&mmbal::expert_mlp_forward));

@@ -11,10 +11,10 @@ struct LossInputs {
     int64_t N, E;
     Tensor logits;
     std::optional<Tensor> mask;
-    const uint8_t* mask_data() const { return static_cast<const uint8_t*>(data_or_null(mask)); }
+    const uint8_t *mask_data() const { return static_cast<const uint8_t *>(data_or_null(mask)); }
 };
 
-LossInputs check_inputs(const char* op, const Tensor& logits, const std::optional<Tensor>& token_mask) {
+LossInputs check_inputs(const char *op, const Tensor &logits, const std::optional<Tensor> &token_mask) {
     check_shape(op, "logits", logits, "[N, E]", {-1, -1});
     const mmbal_dtype dtype = storage_dtype(op, "logits", logits);
     const int64_t N = logits.size(0), E = logits.size(1);
@@ -26,32 +26,32 @@ LossInputs check_inputs(const char* op, const Tensor& logits, const std::optiona
     return {dtype, N, E, torch::stable::contiguous(logits), contiguous(token_mask)};
 }
 
-Tensor check_indices(const char* op, const Tensor& indices, int64_t N) {
+Tensor check_indices(const char *op, const Tensor &indices, int64_t N) {
     check_shape(op, "indices", indices, "[N, K]", {N, -1});
     check_dtype(op, "indices", indices, ScalarType::Long);
     STD_TORCH_CHECK(indices.size(1) >= 1, op, ": indices must name at least one expert a token");
     return torch::stable::contiguous(indices);
 }
 
-void check_loss_gradient(const char* op, const Tensor& dloss, mmbal_dtype dtype) {
+void check_loss_gradient(const char *op, const Tensor &dloss, mmbal_dtype dtype) {
     check_shape(op, "dloss", dloss, "[]", {});
     check_dtype(op, "dloss", dloss, real_type(dtype));
 }
 
-mmbal_balance check_normalize(const char* op, const std::string& normalize) {
+mmbal_balance check_normalize(const char *op, const std::string &normalize) {
     if (normalize == "mixtral") return MMBAL_BALANCE_MIXTRAL;
     if (normalize == "megatron") return MMBAL_BALANCE_MEGATRON;
     if (normalize == "switch") return MMBAL_BALANCE_SWITCH;
     STD_TORCH_CHECK(false, op, ": normalize must be mixtral, megatron or switch, got ", normalize);
 }
 
-void check_balance(mmbal_status status, const char* op, int64_t E) {
+void check_balance(mmbal_status status, const char *op, int64_t E) {
     STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op, ": indices must be from 0 to the last expert ", E - 1);
     check(status, op);
 }
 
 Tensor load_balance_loss(Tensor logits, Tensor indices, std::optional<Tensor> token_mask, std::string normalize) {
-    const char* op = "load_balance_loss";
+    const char *op = "load_balance_loss";
     const LossInputs in = check_inputs(op, logits, token_mask);
     indices = check_indices(op, indices, in.N);
     const mmbal_balance balance = check_normalize(op, normalize);
@@ -67,7 +67,7 @@ Tensor load_balance_loss(Tensor logits, Tensor indices, std::optional<Tensor> to
 
 Tensor load_balance_loss_backward(Tensor dloss, Tensor logits, Tensor indices, std::optional<Tensor> token_mask,
                                   std::string normalize) {
-    const char* op = "load_balance_loss_backward";
+    const char *op = "load_balance_loss_backward";
     const LossInputs in = check_inputs(op, logits, token_mask);
     indices = check_indices(op, indices, in.N);
     const mmbal_balance balance = check_normalize(op, normalize);
@@ -84,7 +84,7 @@ Tensor load_balance_loss_backward(Tensor dloss, Tensor logits, Tensor indices, s
 }
 
 Tensor router_z_loss(Tensor logits, std::optional<Tensor> token_mask) {
-    const char* op = "router_z_loss";
+    const char *op = "router_z_loss";
     const LossInputs in = check_inputs(op, logits, token_mask);
     Tensor loss = torch::stable::new_empty(in.logits, {}, real_type(in.dtype));
     Tensor workspace = new_workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
@@ -96,7 +96,7 @@ Tensor router_z_loss(Tensor logits, std::optional<Tensor> token_mask) {
 }
 
 Tensor router_z_loss_backward(Tensor dloss, Tensor logits, std::optional<Tensor> token_mask) {
-    const char* op = "router_z_loss_backward";
+    const char *op = "router_z_loss_backward";
     const LossInputs in = check_inputs(op, logits, token_mask);
     check_loss_gradient(op, dloss, in.dtype);
     Tensor dlogits = torch::stable::new_empty(in.logits, {in.N, in.E});
@@ -107,8 +107,8 @@ Tensor router_z_loss_backward(Tensor dloss, Tensor logits, std::optional<Tensor>
     return dlogits;
 }
 
-}  // namespace
-}  // namespace mmbal
+} // namespace
+} // namespace mmbal
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("load_balance_loss(Tensor logits, Tensor indices, Tensor? token_mask=None, str normalize=\"mixtral\") "

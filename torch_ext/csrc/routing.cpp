@@ -6,7 +6,7 @@ namespace mmbal {
 namespace {
 
 std::tuple<Tensor, Tensor> moe_topk(Tensor logits, int64_t k, bool normalize, std::optional<Tensor> selection_bias) {
-    const char* op = "moe_topk";
+    const char *op = "moe_topk";
     check_shape(op, "logits", logits, "[N, E]", {-1, -1});
     const mmbal_dtype dtype = storage_dtype(op, "logits", logits);
     const int64_t N = logits.size(0), E = logits.size(1);
@@ -20,13 +20,13 @@ std::tuple<Tensor, Tensor> moe_topk(Tensor logits, int64_t k, bool normalize, st
     Tensor indices = torch::stable::new_empty(logits, {N, k}, ScalarType::Long);
     TorchPool pool;
     check(mmbal_moe_topk(dtype, logits.const_data_ptr(), data_or_null(selection_bias), N, E, k, normalize,
-                         weights.mutable_data_ptr(), static_cast<int64_t*>(indices.mutable_data_ptr()), pool.get()),
+                         weights.mutable_data_ptr(), static_cast<int64_t *>(indices.mutable_data_ptr()), pool.get()),
           op);
     return {weights, indices};
 }
 
 Tensor moe_topk_backward(Tensor dweights, Tensor logits, Tensor weights, Tensor indices, bool normalize) {
-    const char* op = "moe_topk_backward";
+    const char *op = "moe_topk_backward";
     check_shape(op, "logits", logits, "[N, E]", {-1, -1});
     const mmbal_dtype dtype = storage_dtype(op, "logits", logits);
     const int64_t N = logits.size(0), E = logits.size(1);
@@ -48,7 +48,7 @@ Tensor moe_topk_backward(Tensor dweights, Tensor logits, Tensor weights, Tensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor> moe_dispatch(Tensor indices, int64_t num_experts) {
-    const char* op = "moe_dispatch";
+    const char *op = "moe_dispatch";
     check_shape(op, "indices", indices, "[N, K]", {-1, -1});
     check_dtype(op, "indices", indices, ScalarType::Long);
     STD_TORCH_CHECK(num_experts >= 1, op, ": num_experts must be at least 1, got ", num_experts);
@@ -59,21 +59,22 @@ std::tuple<Tensor, Tensor, Tensor> moe_dispatch(Tensor indices, int64_t num_expe
     Tensor offsets = torch::stable::new_empty(indices, {num_experts + 1});
     Tensor inverse = torch::stable::new_empty(indices, {N, K});
     const mmbal_status status = mmbal_moe_dispatch(
-        index_data(indices), N, K, num_experts, static_cast<int64_t*>(permutation.mutable_data_ptr()),
-        static_cast<int64_t*>(offsets.mutable_data_ptr()), static_cast<int64_t*>(inverse.mutable_data_ptr()));
-    STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op, ": indices must be from 0 to num_experts - 1 = ",
-                    num_experts - 1);
+        index_data(indices), N, K, num_experts, static_cast<int64_t *>(permutation.mutable_data_ptr()),
+        static_cast<int64_t *>(offsets.mutable_data_ptr()), static_cast<int64_t *>(inverse.mutable_data_ptr()));
+    STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op,
+                    ": indices must be from 0 to num_experts - 1 = ", num_experts - 1);
     check(status, op);
     return {permutation, offsets, inverse};
 }
 
-}  // namespace
-}  // namespace mmbal
+} // namespace
+} // namespace mmbal
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("moe_topk(Tensor logits, int k, bool normalize=True, Tensor? selection_bias=None) "
           "-> (Tensor weights, Tensor indices)");
-    m.def("moe_topk_backward(Tensor dweights, Tensor logits, Tensor weights, Tensor indices, bool normalize) -> Tensor");
+    m.def(
+        "moe_topk_backward(Tensor dweights, Tensor logits, Tensor weights, Tensor indices, bool normalize) -> Tensor");
     m.def("moe_dispatch(Tensor indices, int num_experts) -> (Tensor permutation, Tensor offsets, Tensor inverse)");
 }
 STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {

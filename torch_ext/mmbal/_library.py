@@ -17,6 +17,14 @@ torch.ops.load_library(str(_LIBRARY))
 ops = torch.ops.mmbal
 
 
+def check_devices(op: str, **tensors) -> None:
+    """For fake kernels: torch sends a call there when any one argument is a meta tensor, whatever the others are."""
+    first, *rest = ((name, t.device) for name, t in tensors.items() if t is not None)
+    for name, device in rest:
+        if device != first[1]:
+            raise RuntimeError(f"{op}: {name} must be on {first[1]} as {first[0]} is, got {device}")
+
+
 def refuse_double_backward(op: str) -> None:
     """Registers an autograd for ``mmbal::op`` that raises: an unregistered one would warn and give wrong numbers."""
 

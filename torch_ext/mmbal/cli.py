@@ -84,10 +84,7 @@ def demo(
 
     try:
         run_demo(out, seed=seed, quick=quick, train_parent=train_parent)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"\nStopped. Finished stages are kept in {out / 'stages'}; the same command goes on from there.", err=True
-        )
+    except KeyboardInterrupt:  # run_demo has said what is kept
         raise typer.Exit(130) from None
 
 

@@ -6,7 +6,7 @@
 import torch
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import ops, refuse_double_backward
+from mmbal._library import check_devices, ops, refuse_double_backward
 
 _library = torch.library.Library("mmbal", "IMPL")
 
@@ -72,14 +72,27 @@ _library.impl("expert_mlp", _autocast("cpu"), "AutocastCPU")
 
 
 @register_fake("mmbal::expert_mlp_forward")
-def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, *rest):
-    keep_preactivation = rest[-1]
+def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1, inverse_NK, *options):
+    check_devices(
+        "expert_mlp",
+        x=x_ND,
+        w1=w1_EFD,
+        b1=b1_EF,
+        w2=w2_EDF,
+        b2=b2_ED,
+        weights=weights_NK,
+        permutation=permutation_R,
+        offsets=offsets_E1,
+        inverse=inverse_NK,
+    )
+    keep_preactivation = options[-1]
     R = weights_NK.shape[0] * weights_NK.shape[1] if keep_preactivation else 0
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(R, w1_EFD.shape[1])
 
 
 @register_fake("mmbal::expert_mlp_backward")
 def _(dy_ND, x_ND, w1_EFD, w2_EDF, b2_ED, weights_NK, *rest):
+    check_devices("expert_mlp_backward", dy=dy_ND, x=x_ND, w1=w1_EFD, w2=w2_EDF, b2=b2_ED, weights=weights_NK)
     E, F, D = w1_EFD.shape
     of_x = (x_ND.shape, (E, F, D), (E, F), (E, D, F), (E, D))
     needed = rest[-1]

@@ -80,6 +80,8 @@ class ClusterBatchSampler(Sampler):
     def __init__(self, labels, batch_size, rank=0, world_size=1, seed=0, order="shuffled"):
         if batch_size < 1:
             raise ValueError(f"ClusterBatchSampler: batch_size must be at least 1, got {batch_size}")
+        if world_size < 1:
+            raise ValueError(f"ClusterBatchSampler: world_size must be at least 1, got {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"ClusterBatchSampler: rank must be from 0 to {world_size - 1}, got {rank}")
         if order not in ("round_robin", "shuffled"):

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class MoEMLP(nn.Module):
         self.dropout, self.output_dropout = dropout, output_dropout
         self.router = nn.Linear(dim, num_experts, bias=router_bias, device=device, dtype=dtype)
         self.experts = Experts(num_experts, dim, hidden_dim, bias, device, dtype)
-        self._sinks = ()
+        self._records = None  # a list while collect_router is active
 
     @classmethod
     def from_mlps(cls, mlps, top_k=2, activation="auto", dropout=None, output_dropout=None, **options):
@@ -151,15 +151,15 @@ class MoEMLP(nn.Module):
         """x [..., D] -> y [..., D]. token_mask [...] (bool): tokens that the router losses count; all are routed."""
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"MoEMLP: x must be [..., {self.dim}], got {list(x.shape)}")
+        if token_mask is not None and token_mask.dtype != torch.bool:
+            raise ValueError(f"MoEMLP: token_mask must be bool, got {token_mask.dtype}")
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ValueError(f"MoEMLP: token_mask must be {list(x.shape[:-1])}, got {list(token_mask.shape)}")
         x_ND = x.reshape(-1, self.dim)
         logits_NE = self._route(x_ND)
         weights_NK, indices_NK = ops.moe_topk(logits_NE, self.top_k, self.normalize)
-        if self._sinks and not _is_recomputing():
-            mask_N = None if token_mask is None else token_mask.reshape(-1)
-            for sink in self._sinks:
-                sink.append((logits_NE, indices_NK, mask_N))
+        if self._records is not None and not _is_recomputing():
+            self._records.append((logits_NE, indices_NK, None if token_mask is None else token_mask.reshape(-1)))
         permutation_R, offsets_E1, inverse_NK = ops.moe_dispatch(indices_NK, self.num_experts)
         experts = self.experts
         options = {"activation": self.activation}
@@ -182,7 +182,7 @@ class MoEMLP(nn.Module):
     def _route(self, x_ND):
         dtype = real_dtype(x_ND.dtype)
         bias_E = self.router.bias
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with _no_autocast(x_ND.device.type):
             return F.linear(x_ND.to(dtype), self.router.weight.to(dtype), None if bias_E is None else bias_E.to(dtype))
 
     def to_dense(self, expert: int) -> DenseMLP:
@@ -201,7 +201,10 @@ class MoEMLP(nn.Module):
         return dense
 
 
-@torch.compiler.disable
+def _no_autocast(device_type):
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+
+
 def _draw_seed() -> int:
     """A seed from torch's default generator, which checkpointing restores: a recomputed mask is the same mask."""
     return int(torch.randint(2**62, ()))
@@ -220,7 +223,7 @@ class RouterRecord(NamedTuple):
     indices: Tensor  # [N, K]
     token_mask: Tensor | None  # [N]
     num_experts: int
-    trained: bool  # whether the router asks for a gradient
+    trained: bool = False  # whether the router asks for a gradient
 
     @property
     def counts(self) -> Tensor:
@@ -232,18 +235,23 @@ class RouterRecord(NamedTuple):
 class RouterRecords(Sequence):
     """The records of ``collect_router``, layer by layer; it fills while the model runs."""
 
-    def __init__(self, layers):
-        self._layers = layers  # [(name, MoEMLP, sink)]
+    def __init__(self, model):
+        layers = [(name.replace("_orig_mod.", ""), m) for name, m in model.named_modules() if isinstance(m, MoEMLP)]
+        # Contexts may be nested: they share a layer's list, and each looks at what came after it began.
+        self._parts = [(name, layer, layer._records, len(layer._records)) for name, layer in layers]
 
     def _flat(self):
         return [
             RouterRecord(name, *entry, layer.num_experts, layer.router.weight.requires_grad)
-            for name, layer, sink in self._layers
-            for entry in sink
+            for name, layer, entries, start in self._parts
+            for entry in entries[start:]
         ]
 
+    def _close(self):
+        self._parts = [(name, layer, entries[start:], 0) for name, layer, entries, start in self._parts]
+
     def __len__(self):
-        return sum(len(sink) for _, _, sink in self._layers)
+        return sum(len(entries) - start for _, _, entries, start in self._parts)
 
     def __getitem__(self, index):
         return self._flat()[index]
@@ -264,20 +272,19 @@ def collect_router(model: nn.Module):
     reentrant checkpointing the first forward runs without gradients, so the losses cannot train the router: use
     ``use_reentrant=False``.
     """
-    layers = [
-        (name.replace("_orig_mod.", ""), layer, [])
-        for name, layer in model.named_modules()
-        if isinstance(layer, MoEMLP)
-    ]
+    layers = [layer for layer in model.modules() if isinstance(layer, MoEMLP)]
     if not layers:
         raise ValueError(f"collect_router: model must have MoEMLP layers, {type(model).__name__} has none")
-    for _, layer, sink in layers:
-        layer._sinks = (*layer._sinks, sink)
+    began = [layer for layer in layers if layer._records is None]
+    for layer in began:
+        layer._records = []
+    routers = RouterRecords(model)
     try:
-        yield RouterRecords(layers)
+        yield routers
     finally:
-        for _, layer, sink in layers:
-            layer._sinks = tuple(other for other in layer._sinks if other is not sink)
+        routers._close()
+        for layer in began:
+            layer._records = None
 
 
 class RouterLosses(NamedTuple):

@@ -2,27 +2,33 @@
 
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import ops, refuse_double_backward
+from mmbal._library import check_devices, ops, refuse_double_backward
 from mmbal.routing import real_dtype
 
 
 @register_fake("mmbal::load_balance_loss")
 def _(logits_NE, indices_NK, token_mask_N=None, normalize="mixtral"):
+    check_devices("load_balance_loss", logits=logits_NE, indices=indices_NK, token_mask=token_mask_N)
     return logits_NE.new_empty((), dtype=real_dtype(logits_NE.dtype))
 
 
 @register_fake("mmbal::load_balance_loss_backward")
 def _(dloss, logits_NE, indices_NK, token_mask_N, normalize):
+    check_devices(
+        "load_balance_loss_backward", dloss=dloss, logits=logits_NE, indices=indices_NK, token_mask=token_mask_N
+    )
     return logits_NE.new_empty(logits_NE.shape)
 
 
 @register_fake("mmbal::router_z_loss")
 def _(logits_NE, token_mask_N=None):
+    check_devices("router_z_loss", logits=logits_NE, token_mask=token_mask_N)
     return logits_NE.new_empty((), dtype=real_dtype(logits_NE.dtype))
 
 
 @register_fake("mmbal::router_z_loss_backward")
 def _(dloss, logits_NE, token_mask_N):
+    check_devices("router_z_loss_backward", dloss=dloss, logits=logits_NE, token_mask=token_mask_N)
     return logits_NE.new_empty(logits_NE.shape)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import ops, refuse_double_backward
+from mmbal._library import check_devices, ops, refuse_double_backward
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -13,12 +13,16 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @register_fake("mmbal::moe_topk")
 def _(logits_NE, k, normalize=True, selection_bias_E=None):
-    N = logits_NE.shape[0]
+    check_devices("moe_topk", logits=logits_NE, selection_bias=selection_bias_E)
+    N, E = logits_NE.shape
+    if not 1 <= k <= E:
+        raise RuntimeError(f"moe_topk: k must be from 1 to the number of experts {E}, got {k}")
     return logits_NE.new_empty(N, k, dtype=real_dtype(logits_NE.dtype)), logits_NE.new_empty(N, k, dtype=torch.int64)
 
 
 @register_fake("mmbal::moe_topk_backward")
 def _(dweights_NK, logits_NE, weights_NK, indices_NK, normalize):
+    check_devices("moe_topk_backward", dweights=dweights_NK, logits=logits_NE, weights=weights_NK, indices=indices_NK)
     return logits_NE.new_empty(logits_NE.shape)
 
 

@@ -87,6 +87,8 @@ def upcycle(
     """
     blocks = _find_blocks(model, activation)
     chosen = _choose_layers(blocks, layers)
+    if experts is not None and len(experts) == 0:
+        raise ValueError("upcycle: experts must have at least one model or state dict, got none")
     sources = [_state_dict_of(source, j) for j, source in enumerate(experts or [])]
     expert_init = expert_init or ("sources" if sources else "copy")
     E = _check_options(expert_init, sources, num_experts, include_base, top_k, shared, noise_std, drop_ratio)

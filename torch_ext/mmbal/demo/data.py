@@ -137,19 +137,26 @@ def load_splits(seed: int = 0) -> Splits:
 
 
 def train_tokenizer(pairs: Pairs, vocabulary: int = 4096) -> Tokenizer:
-    """Byte-pair encoding over the training captions: unseen words still fall into known pieces."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unknown>", end_of_word_suffix="</w>"))
+    """Byte-pair encoding over the training captions: unseen words still fall into known pieces.
+
+    The start of a word is marked in the text ("▁word"). Marking its end by an option of the trainer would number the
+    pieces in the order of a hash table, another one in every process.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unknown>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
     )
-    tokenizer.decoder = decoders.BPEDecoder()
+    tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=["<pad>", "<start>", "<unknown>", "<end>"],
-        end_of_word_suffix="</w>",
         min_frequency=2,
         show_progress=False,
     )

@@ -77,6 +77,7 @@ def replace_file(path: Path, write) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
+    temporary.chmod(0o644)  # safetensors makes private files
     os.replace(temporary, path)
 
 

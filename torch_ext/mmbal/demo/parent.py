@@ -23,7 +23,7 @@ class ParentRecipe:
     layers: int = 3
     patch: int = 12
     vocabulary: int = 4096
-    steps: int = 5000
+    steps: int = 3000
     batch: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 0.2

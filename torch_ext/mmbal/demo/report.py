@@ -108,9 +108,10 @@ def plot_retrieval(report: dict, path: Path) -> None:
     axes[2].bar_label(bars, fmt="%.1f", padding=1, fontweight="bold")
     axes[2].set_xticks(range(len(means)), [TITLES[name].replace(" ", "\n") for name in variants], fontsize=8.5)
     axes[2].set_title("mean of the six recalls")
-    for axis in axes:
+    top = max(axis.get_ylim()[1] for axis in axes[:2]) * 1.08  # one scale for both directions
+    for axis, limit in zip(axes, (top, top, axes[2].get_ylim()[1] * 1.08), strict=True):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
+        axis.set_ylim(0, limit)
     figure.suptitle(f"Finding the right one of {report['test_pairs']} held-out image-caption pairs", fontsize=12)
     replace_file(path, lambda file: figure.savefig(file, dpi=140, format="png"))
     plt.close(figure)

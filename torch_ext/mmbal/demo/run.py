@@ -35,12 +35,11 @@ def run_demo(
 ) -> dict:
     """Run every stage that `out` does not hold yet, write the report there and return it.
 
-    train_parent trains a new parent into `out`/parent first; otherwise the parent of the package is used.
+    train_parent trains a new parent into `out`/parent first (unless an earlier run has finished it); otherwise the
+    parent of the package is used.
     """
     out, started = Path(out), time.perf_counter()
-    recipe = recipe or stages.Recipe()
-    if quick:
-        recipe = recipe.quick()
+    recipe = recipe or (stages.Recipe.quick() if quick else stages.Recipe())
     try:
         report = _run(out, seed, recipe, _parent_folder(out, quick, train_parent))
     except KeyboardInterrupt:
@@ -54,7 +53,7 @@ def run_demo(
 def _parent_folder(out: Path, quick: bool, train_parent: bool) -> Path:
     if not train_parent:
         return ASSETS
-    folder = out / "parent"
+    folder = out / ("parent_quick" if quick else "parent")
     if not (folder / "parent.safetensors").exists():
         make_parent(folder, ParentRecipe(steps=20, warmup=5, evaluate_every=10) if quick else ParentRecipe())
     return folder
@@ -136,10 +135,11 @@ def _run(out: Path, seed: int, recipe: stages.Recipe, parent_folder: Path) -> di
     }
     save_clip_moe(clip_moe, out / "clip_moe")
     tokenizer.save(str(out / "clip_moe" / "tokenizer.json"))
+    seconds = {name: cost["seconds"] for name, cost in costs.items()}
     report = {
         "variants": {name: retrieval(model, tokenizer, splits.test) for name, model in variants.items()},
         "expert_usage": expert_usage(clip_moe, tokenizer, splits.test),
-        "seconds": {name: cost["seconds"] for name, cost in costs.items()},
+        "seconds": seconds | {"total": sum(seconds.values())},
         "stages": costs,
         "test_pairs": len(splits.test),
         "seed": seed,

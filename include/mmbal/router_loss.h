@@ -1,6 +1,6 @@
 /* Auxiliary losses of a router. p = softmax(logits[n,:]), m[n] = token_mask[n] (1 without a mask), M = sum_n m[n].
- * No token counted (M = 0) gives loss 0 and gradient 0. Masked rows are not read.
- * Sums over tokens are taken in float64, in an order that does not depend on threads.
+ * No token counted (M = 0) gives loss 0 and gradient 0. Logits of masked rows are not read; their indices must be
+ * valid. Sums over tokens are taken in float64, in an order that does not depend on threads.
  */
 #ifndef MMBAL_ROUTER_LOSS_H
 #define MMBAL_ROUTER_LOSS_H

@@ -44,7 +44,7 @@ mmbal_status mmbal_moe_dispatch(const int64_t *indices,                         
                                 int64_t *offsets,                                      /* [E + 1] out */
                                 int64_t *inverse);                                     /* [N, K] out */
 
-/* MMBAL_OK when the three belong together as mmbal_moe_dispatch makes them. */
+/* MMBAL_OK when permutation and inverse undo each other and offsets rise from 0 to R: all that memory safety needs. */
 mmbal_status mmbal_moe_check_dispatch(const int64_t *permutation, /* [R] */
                                       const int64_t *offsets,     /* [E + 1] */
                                       const int64_t *inverse,     /* [R] */

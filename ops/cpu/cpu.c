@@ -9,7 +9,9 @@
 
 static const char *const isa_names[] = {"portable", "avx2", "avx512", "amx"};
 
-const char *mmbal_isa_name(mmbal_isa isa) { return isa_names[isa]; }
+const char *mmbal_isa_name(mmbal_isa isa) {
+    return isa >= MMBAL_ISA_PORTABLE && isa <= MMBAL_ISA_AMX ? isa_names[isa] : "unknown";
+}
 
 int mmbal_isa_from_name(const char *name, mmbal_isa *isa) {
     for (int i = MMBAL_ISA_PORTABLE; i <= MMBAL_ISA_AMX; i++) {

@@ -46,7 +46,8 @@ static void NAME(activate)(mmbal_activation activation, int64_t n, const REAL *u
     case MMBAL_QUICK_GELU: SIGMOID_GATE((REAL)QUICK_GELU_SLOPE * x, QUICK_GELU_SLOPE);
     case MMBAL_SILU: SIGMOID_GATE(x, 1);
     case MMBAL_GELU_TANH: /* (1 + tanh(z / 2)) / 2 = sigmoid(z) */
-        SIGMOID_GATE(twice * x * (1 + cubic * x * x), twice * (1 + 3 * cubic * x * x));
+        /* beyond 10 the slope is 0 or 1, and x * x must not overflow into 0 * inf */
+        SIGMOID_GATE(twice * x * (1 + cubic * x * x), twice * (1 + 3 * cubic * (x * x < 100 ? x * x : 100)));
     case MMBAL_GELU:
         for (int64_t i = 0; i < n; i++) {
             const REAL x = u[i], phi = (REAL)0.5 * (1 + NAME(erf)(x * (REAL)SQRT_HALF));

@@ -20,7 +20,8 @@ static int64_t count_tokens(const uint8_t *mask, int64_t N) {
 /* share[e] = F[e]; *scale = c E / M, what multiplies sum_e F[e] sum_n p[n,e]: 0 when no token counts */
 static mmbal_status expert_shares(const int64_t *indices, const uint8_t *mask, int64_t N, int64_t E, int64_t K,
                                   mmbal_balance balance, double *share, double *scale) {
-    if (N < 0 || E < 1 || K < 1) return MMBAL_INVALID_ARGUMENT;
+    const int known = balance >= MMBAL_BALANCE_MIXTRAL && balance <= MMBAL_BALANCE_SWITCH;
+    if (N < 0 || E < 1 || K < 1 || !known) return MMBAL_INVALID_ARGUMENT;
     const double tokens = (double)count_tokens(mask, N);
     const int64_t counted_choices = balance == MMBAL_BALANCE_SWITCH ? 1 : K;
     for (int64_t e = 0; e < E; e++) share[e] = 0;

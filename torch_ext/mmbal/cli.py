@@ -1,6 +1,7 @@
 """The command ``mmbal``."""
 
 import ctypes
+import dataclasses
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -66,6 +67,24 @@ def info():
     Console(soft_wrap=True).print(table, markup=False)
 
 
+def _recipe(changes: list[str], quick: bool):
+    """The demo's recipe with NAME=VALUE changes; the value takes the type that the field has."""
+    from mmbal.demo.stages import Recipe
+
+    recipe = Recipe.quick() if quick else Recipe()
+    types = {field.name: type(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+    values = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or name not in types:
+            raise typer.BadParameter(f"--set must be NAME=VALUE with NAME among {', '.join(types)}, got {change!r}")
+        try:
+            values[name] = types[name](text)
+        except ValueError:
+            raise typer.BadParameter(f"--set {name} must be {types[name].__name__}, got {text!r}") from None
+    return dataclasses.replace(recipe, **values)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where results go; stages found there are not done again.")] = Path(
@@ -78,12 +97,16 @@ def demo(
     train_parent: Annotated[
         bool, typer.Option("--train-parent", help="Train the parent anew instead of taking the shipped one.")
     ] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another value in the recipe; repeatable.")
+    ] = None,
 ):
     """Upcycles a small CLIP into a mixture of experts on real image-caption pairs and reports what it gained."""
     from mmbal.demo.run import run_demo
 
+    recipe = _recipe(changes or [], quick)
     try:
-        run_demo(out, seed=seed, quick=quick, train_parent=train_parent)
+        run_demo(out, seed=seed, quick=quick, train_parent=train_parent, recipe=recipe)
     except KeyboardInterrupt:  # run_demo has said what is kept
         raise typer.Exit(130) from None
 

@@ -60,7 +60,7 @@ def train_parent(folder: Path, recipe: ParentRecipe | None = None, progress: boo
 
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=False)
+        saved = torch.load(checkpoint, weights_only=True)
         if saved["recipe"] == asdict(recipe):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])

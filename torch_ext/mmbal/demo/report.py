@@ -128,9 +128,8 @@ def plot_usage(report: dict, path: Path) -> None:
         shares = [100 * row[expert] for row in usage.values()]
         label = "expert 0 (the parent's)" if expert == 0 else f"expert {expert} (MCL stage {expert})"
         bars = axis.barh(range(len(usage)), shares, left=start, color=colours[expert % len(colours)], label=label)
-        axis.bar_label(
-            bars, [f"{share:.0f}" if share >= 4 else "" for share in shares], label_type="center", fontsize=9
-        )
+        labels = [f"{share:.0f}" if share >= 4 else "" for share in shares]
+        axis.bar_label(bars, labels, label_type="center", fontsize=9, color="black" if expert in (0, 2) else "white")
         start = [a + b for a, b in zip(start, shares, strict=True)]
     for edge in range(1, experts):
         axis.axvline(100 * edge / experts, color="black", linewidth=0.6, linestyle=":")

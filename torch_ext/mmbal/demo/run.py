@@ -18,7 +18,7 @@ from mmbal.moe import collect_router
 
 from . import stages
 from .data import ASSETS, PAD, Pairs, encode, load_splits, normalize
-from .evaluate import retrieval
+from .evaluate import mean_recall, retrieval
 from .model import embed_images, embed_texts, load_parent
 from .parent import ParentRecipe
 from .parent import train_parent as make_parent
@@ -138,6 +138,14 @@ def _run(out: Path, seed: int, recipe: stages.Recipe, parent_folder: Path) -> di
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     report = {
         "variants": {name: retrieval(model, tokenizer, splits.test) for name, model in variants.items()},
+        "validation_mean_of_six": {
+            name: mean_recall(retrieval(model, tokenizer, splits.validation))
+            for name, model in {
+                **variants,
+                **{f"mcl_{stage}": expert for stage, expert in enumerate(experts, start=1)},
+                "clip_moe_untrained_router": assembled(),
+            }.items()
+        },
         "expert_usage": expert_usage(clip_moe, tokenizer, splits.test),
         "seconds": seconds | {"total": sum(seconds.values())},
         "stages": costs,

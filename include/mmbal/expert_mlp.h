@@ -8,8 +8,9 @@
  *     o[r] = (w2[e] a[r] + b2[e]) * output_mask          the same with output_dropout
  *     y[n] = sum_k weights[n,k] o[inverse[n,k]]          real sums in the order of k, rounded once
  *
- * Masks are Philox4x32-10 bits, key = seed, counter = (element / 4, offset << 8 | tensor), lane = element % 4, kept
- * where (word >> 8) 2^-24 >= p. tensor 1, element (n K + k) F + f for the hidden mask; 2, (n K + k) D + d for the
+ * Masks are Philox4x32-10 bits: key = the low and high 32 bits of seed; counter = the low and high 32 bits of
+ * element / 4, the low 32 bits of offset, (offset >> 32) << 8 | tensor; word element % 4 decides: kept where
+ * (word >> 8) 2^-24 >= p. tensor 1, element (n K + k) F + f for the hidden mask; 2, (n K + k) D + d for the
  * output.
  */
 #ifndef MMBAL_EXPERT_MLP_H

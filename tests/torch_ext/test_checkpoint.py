@@ -158,3 +158,19 @@ def test_only_a_clip_with_mixtures_is_saved(make_clip, tmp_path):
     with pytest.raises((ValueError, TypeError), match="CLIPModel"):
         save_clip_moe(torch.nn.Linear(2, 2), tmp_path / "linear")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_files_is_not_replaced(make_clip, tmp_path):
+    (tmp_path / "notes.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"mmbal\.json"):
+        mmbal.save_clip_moe(mmbal.upcycle(make_clip(0)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_each_weight_keeps_its_dtype_also_float64_and_mixed(make_clip, tmp_path):
+    model = mmbal.upcycle(make_clip(0)).double()
+    model.visual_projection.to(torch.bfloat16)
+    mmbal.save_clip_moe(model, tmp_path / "clip")
+    loaded = mmbal.load_clip_moe(tmp_path / "clip").state_dict()
+    for name, value in model.state_dict().items():
+        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name

@@ -281,3 +281,17 @@ def test_dispatch_reads_any_layout_and_writes_every_element(poisoned_memory):
 def test_dispatch_names_the_wrong_argument(indices, num_experts, name):
     with pytest.raises(RuntimeError, match=f"moe_dispatch: .*{name}"):
         moe_dispatch(indices, num_experts)
+
+
+def test_autocast_takes_logits_of_any_half_type_in_float32():
+    logits = torch.randn(9, 5)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = logits.to(dtype)
+        with torch.autocast("cpu", dtype=dtype):
+            weights, indices = torch.ops.mmbal.moe_topk(half, 2)
+            loss = torch.ops.mmbal.load_balance_loss(half, indices) + torch.ops.mmbal.router_z_loss(half)
+        expected, expected_indices = torch.ops.mmbal.moe_topk(half.float(), 2)
+        assert torch.equal(weights, expected) and torch.equal(indices, expected_indices)
+        assert loss.dtype == torch.float32
+        plain = torch.ops.mmbal.load_balance_loss(half.float(), indices)
+        assert torch.equal(loss, plain + torch.ops.mmbal.router_z_loss(half.float()))

@@ -96,3 +96,22 @@ def test_a_source_with_a_missing_key_is_refused_by_key(make_clip, siblings):
 def test_a_source_that_is_neither_model_nor_state_dict_is_refused(make_clip):
     with pytest.raises((TypeError, ValueError), match="experts"):
         upcycle(make_clip(0), ["checkpoint.pt"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("experts", {"experts": torch.nn.Linear(2, 2)}),
+        ("layers", {"layers": 3}),
+        ("layers", {"layers": {"vision": None}}),
+        ("router_init", {"router_init": None}),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(make_clip, argument, options):
+    with pytest.raises(ValueError, match=f"upcycle: {argument}"):
+        upcycle(make_clip(0), **options)
+
+
+def test_a_source_with_another_activation_is_refused(make_clip):
+    with pytest.raises(ValueError, match=r"experts\[0\].*activation"):
+        upcycle(make_clip(0), experts=[make_clip(1, hidden_act="gelu")])

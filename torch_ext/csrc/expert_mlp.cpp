@@ -141,26 +141,18 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
 } // namespace
 } // namespace mmbal
 
-// The options of the three schemas; only the public one has defaults.
-#define MMBAL_OPTIONS(default_)                                                                                        \
-    "str activation" default_("=\"quick_gelu\"") ", float dropout" default_("=0.0") ", float output_dropout" default_( \
-        "=0.0") ", SymInt seed" default_("=0") ", SymInt offset" default_("=0")
-#define WITH_DEFAULT(value) value
-#define WITHOUT_DEFAULT(value)
-
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     // expert_mlp is made of the two others in Python, where it can see whether a gradient will be asked for.
     m.def("expert_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor weights, Tensor permutation, "
-          "Tensor offsets, Tensor inverse, " MMBAL_OPTIONS(WITH_DEFAULT) ") -> Tensor");
+          "Tensor offsets, Tensor inverse, str activation=\"quick_gelu\", float dropout=0.0, float output_dropout=0.0, "
+          "SymInt seed=0, SymInt offset=0) -> Tensor");
     m.def("expert_mlp_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor weights, "
-          "Tensor permutation, Tensor offsets, Tensor inverse, " MMBAL_OPTIONS(
-              WITHOUT_DEFAULT) ", "
-                               "bool keep_preactivation) -> (Tensor y, Tensor preactivation)");
+          "Tensor permutation, Tensor offsets, Tensor inverse, str activation, float dropout, float output_dropout, "
+          "SymInt seed, SymInt offset, bool keep_preactivation) -> (Tensor y, Tensor preactivation)");
     m.def("expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor weights, "
-          "Tensor permutation, Tensor offsets, Tensor inverse, Tensor preactivation, " MMBAL_OPTIONS(
-              WITHOUT_DEFAULT) ", "
-                               "bool[] needed) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor "
-                               "dweights)");
+          "Tensor permutation, Tensor offsets, Tensor inverse, Tensor preactivation, str activation, float dropout, "
+          "float output_dropout, SymInt seed, SymInt offset, bool[] needed) "
+          "-> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dweights)");
 }
 STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
     m.impl("expert_mlp_forward", TORCH_BOX(&mmbal::expert_mlp_forward));

@@ -3,7 +3,7 @@
 The operators are ``torch.ops.mmbal.*``; importing this package registers them.
 """
 
-from mmbal import expert_mlp, mcl, router_loss, routing  # the operators register themselves
+from mmbal import expert_mlp, mcl, router_loss, routing  # noqa: F401  (the operators register themselves)
 from mmbal._core import version as __version__
 from mmbal.checkpoint import load_clip_moe, save_clip_moe
 from mmbal.moe import (
@@ -24,13 +24,10 @@ __all__ = [
     "RouterRecord",
     "__version__",
     "collect_router",
-    "expert_mlp",
     "freeze_except_router",
     "load_clip_moe",
     "mcl",
-    "router_loss",
     "router_losses",
-    "routing",
     "save_clip_moe",
     "upcycle",
 ]

@@ -25,6 +25,20 @@ def check_devices(op: str, **tensors) -> None:
             raise RuntimeError(f"{op}: {name} must be on {first[1]} as {first[0]} is, got {device}")
 
 
+_implementations = torch.library.Library("mmbal", "IMPL")
+
+
+def autocast_to_real(op: str) -> None:
+    """Autocast rule of an operator on logits: they are taken in float32 (float64 stays)."""
+    call = getattr(ops, op)
+
+    def rule(logits_NE, *rest, **options):
+        with torch.autocast("cpu", enabled=False):
+            return call(logits_NE if logits_NE.dtype == torch.float64 else logits_NE.float(), *rest, **options)
+
+    _implementations.impl(op, rule, "AutocastCPU")
+
+
 def refuse_double_backward(op: str) -> None:
     """Registers an autograd for ``mmbal::op`` that raises: an unregistered one would warn and give wrong numbers."""
 

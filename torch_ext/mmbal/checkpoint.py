@@ -28,8 +28,15 @@ _OPTIONS = (
 
 @contextmanager
 def atomic_folder(folder):
-    """Yields a new folder that takes the name ``folder`` only once the block has succeeded."""
+    """Yields a new folder that takes the name ``folder`` only once the block has succeeded.
+
+    What was there is replaced if it is such a folder too (it has mmbal.json) or empty; anything else is refused.
+    """
     target = Path(folder).absolute()
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"{target} must be a folder or not exist")
+    if target.is_dir() and any(target.iterdir()) and not (target / "mmbal.json").is_file():
+        raise ValueError(f"{target} holds other files and no mmbal.json: it is not replaced")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -38,7 +45,11 @@ def atomic_folder(folder):
         if target.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, retired / target.name)
-            os.replace(partial, target)
+            try:
+                os.replace(partial, target)
+            except BaseException:
+                os.replace(retired / target.name, target)
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(partial, target)
@@ -102,8 +113,7 @@ def load_clip_moe(folder):
         except (AttributeError, TypeError) as error:
             raise ValueError(f"load_clip_moe: mmbal.json describes {name} wrongly: {error}") from None
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"load_clip_moe: the weights do not fit the configuration: {error}") from None
-    dtype = next(iter(tensors.values())).dtype
-    return model.to(dtype).eval()
+    return model.eval()

@@ -55,7 +55,7 @@ def info():
         "torch": torch.__version__,
         "transformers": _version_of("transformers"),
         "python": platform.python_version(),
-        "CPU features": ", ".join(_core.cpu_features()) or "none that kernels use",
+        "CPU features": ", ".join(_core.cpu_features()) or "none that matter here",
         "kernels in use": _core.isa_in_use() + (f" (MMBAL_ISA={cap})" if cap else ""),
         "bfloat16": "converted to float32 while packing: no kernels for bfloat16 instructions yet",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}, torch's own pool",

@@ -72,28 +72,53 @@ def describe_mlp(mlp: nn.Module, name: str, activation: str = "auto") -> MLPPart
     others = [p for p, value in mlp.named_parameters() if id(value) not in own]
     if others:
         raise ValueError(f"{name} must have no parameters but its two Linears, got {', '.join(others)}")
-    dropouts = _find_dropouts(mlp, fc2)
+    dropouts = _find_dropouts(mlp, name)
     if isinstance(mlp, DenseMLP) and activation == "auto":
         activation = mlp.activation
     if activation == "auto":
         activation = _recognise_activation(mlp, name)
     elif activation not in ACTIVATIONS:
         raise ValueError(f"activation must be auto or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return MLPParts(fc1, fc2, (name1, name2), activation, *dropouts)
+    parts = MLPParts(fc1, fc2, (name1, name2), activation, *dropouts)
+    _verify(mlp, parts, name)
+    return parts
 
 
-def _find_dropouts(mlp, fc2):
-    """(probability before the second Linear, probability after it), by the order in which modules are registered."""
-    before, after, seen_fc2 = 0.0, 0.0, False
+@torch.no_grad()
+def _verify(mlp, parts, name):
+    """Whether the MLP computes fc2(activation(fc1(x))), on a few rows: modules do not tell what forward does."""
+    weight = parts.fc1.weight
+    if weight.is_meta:
+        return
+    x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    training = mlp.training
+    mlp.eval()
+    try:
+        got = mlp(x.clone())
+    except Exception as error:
+        raise ValueError(f"{name} must map [N, D] to [N, D], calling it failed: {error}") from error
+    finally:
+        mlp.train(training)
+    expected = parts.fc2(ACTIVATIONS[parts.activation](parts.fc1(x)))
+    tolerance = 0.05 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"{name} must compute fc2({parts.activation}(fc1(x))), {type(mlp).__name__} computes something else"
+        )
+
+
+def _find_dropouts(mlp, name):
+    """(probability on the hidden units, probability on the output) of an MLP whose modules are registered in the order
+    of use, as in a Sequential; one that may be used elsewhere is refused."""
+    found, position = {}, 0  # position: how many of the two Linears were passed
     for module in mlp.modules():
-        if module is fc2:
-            seen_fc2 = True
-        elif isinstance(module, nn.Dropout):
-            if seen_fc2:
-                after = module.p
-            else:
-                before = module.p
-    return before, after
+        if isinstance(module, nn.Linear):
+            position += 1
+        elif isinstance(module, nn.Dropout) and module.p > 0:
+            if position == 0 or position in found:
+                raise ValueError(f"{name} must have at most one nn.Dropout after each Linear")
+            found[position] = module.p
+    return found.get(1, 0.0), found.get(2, 0.0)
 
 
 @torch.no_grad()
@@ -101,9 +126,9 @@ def _recognise_activation(mlp, name):
     """The activation by what it computes, whatever its class is called."""
     plain = (nn.Linear, nn.Dropout, nn.Identity)
     candidates = [m for m in mlp.modules() if not list(m.children()) and not isinstance(m, plain)]
-    probe = torch.linspace(-6, 6, 257, dtype=torch.float64)
+    probe = torch.linspace(-50, 50, 2001, dtype=torch.float64)
     if len(candidates) == 1:
-        values = candidates[0](probe)
+        values = candidates[0](probe.clone())
         for activation, function in ACTIVATIONS.items():
             if values.shape == probe.shape and torch.allclose(values, function(probe), rtol=0, atol=1e-6):
                 return activation

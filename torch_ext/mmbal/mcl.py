@@ -64,7 +64,8 @@ def merge_small_clusters(stage_labels, radices, min_size) -> np.ndarray:
 
 
 class ClusterBatchSampler(Sampler):
-    """Batches of indices, each from one cluster only (spec of MCL: the constraint is in the sampler, not in the loss).
+    """Batches of indices, each from one cluster only: MCL (arXiv 2402.11816, eq. 1) constrains the sampler and not the
+    loss.
 
     Every rank sees the same cluster at the same step, and a slice of it that no other rank sees: the permutation
     depends on (seed, epoch, cluster) alone. What does not fill a batch on every rank is left out of this epoch.
@@ -74,6 +75,7 @@ class ClusterBatchSampler(Sampler):
     labels : [n] integers, the cluster of each sample.
     batch_size : samples for each rank and step.
     rank, world_size : of this process.
+    seed : of the permutations and of the order.
     order : "round_robin" over the clusters, or "shuffled" in proportion to their sizes.
     """
 
@@ -121,7 +123,7 @@ class ClusterBatchSampler(Sampler):
 
 
 def ffn_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that MCL trains: the two Linears of every ``mlp`` block, found by module."""
+    """Names of the parameters that MCL trains: the two Linears of every sub-module called ``mlp``."""
     names = []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "mlp" and not isinstance(module, MoEMLP):

@@ -41,7 +41,7 @@ class MoEMLP(nn.Module):
     """Mixture of two-layer MLPs with a linear top-k router (DMU, arXiv 2409.19291, section 4).
 
     Takes the place of an ``mlp`` sub-module: input and output are [..., D] in any layout. No capacity, no dropped
-    token, bitwise the same output for any number of threads. The router works in float32 (float64 for float64 input),
+    token. The router works in float32 (float64 for float64 input),
     also under autocast.
 
     Parameters
@@ -268,7 +268,8 @@ def collect_router(model: nn.Module):
     ...     loss = task_loss(model(batch))
     >>> loss = loss + mmbal.router_losses(routers).total
 
-    A forward that activation checkpointing repeats is counted once. Works around and inside ``torch.compile``. With
+    A forward that activation checkpointing repeats is counted once. Works around and inside ``torch.compile``; where
+    blocks are compiled one by one inside a checkpoint, call backward after the ``with`` block. With
     reentrant checkpointing the first forward runs without gradients, so the losses cannot train the router: use
     ``use_reentrant=False``.
     """

@@ -2,7 +2,7 @@
 
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import check_devices, ops, refuse_double_backward
+from mmbal._library import autocast_to_real, check_devices, ops, refuse_double_backward
 from mmbal.routing import real_dtype
 
 
@@ -52,5 +52,7 @@ def _z_backward(ctx, dloss):
 
 register_autograd("mmbal::load_balance_loss", _balance_backward, setup_context=_save_balance)
 register_autograd("mmbal::router_z_loss", _z_backward, setup_context=_save_z)
+autocast_to_real("load_balance_loss")
+autocast_to_real("router_z_loss")
 refuse_double_backward("load_balance_loss_backward")
 refuse_double_backward("router_z_loss_backward")

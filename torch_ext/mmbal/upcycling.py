@@ -2,7 +2,7 @@
 Drop-Upcycling, arXiv 2502.19261)."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ def upcycle(
     """
     blocks = _find_blocks(model, activation)
     chosen = _choose_layers(blocks, layers)
+    if experts is not None and not isinstance(experts, Sequence):
+        raise ValueError(f"upcycle: experts must be a list of models or state dicts, got {type(experts).__name__}")
     if experts is not None and len(experts) == 0:
         raise ValueError("upcycle: experts must have at least one model or state dict, got none")
     sources = [_state_dict_of(source, j) for j, source in enumerate(experts or [])]
@@ -94,6 +96,8 @@ def upcycle(
     E = _check_options(expert_init, sources, num_experts, include_base, top_k, shared, noise_std, drop_ratio)
     for j, source in enumerate(sources):
         _check_source(model, source, chosen, blocks, j, shared)
+        if isinstance(experts[j], nn.Module):
+            _check_activations(experts[j], chosen, j, activation)
     generator = torch.Generator().manual_seed(seed)
     routers = _draw_routers(chosen, E, router_init, generator)
 
@@ -151,7 +155,7 @@ def _choose_in_tower(blocks, tower, choice):
         kind, _, number = choice.partition(":")
         if kind in ("last", "every") and number.isdigit() and 1 <= int(number) <= count:
             return blocks[-int(number) :] if kind == "last" else blocks[int(number) - 1 :: int(number)]
-    elif all(isinstance(i, int) and -count <= i < count for i in choice):
+    elif isinstance(choice, Sequence) and all(isinstance(i, int) and -count <= i < count for i in choice):
         return [blocks[i] for i in sorted({i % count for i in choice})]
     raise ValueError(
         f"upcycle: layers of {tower} must be all, last:M, every:M or indices, for {count} layers, got {choice!r}"
@@ -206,6 +210,19 @@ def _check_source(model, source, chosen, blocks, j, shared):
             raise ValueError(f"upcycle: shared='strict', but experts[{j}] differs from the model in {key}")
 
 
+def _check_activations(source, chosen, j, activation):
+    """A state dict does not tell its activation; a model does."""
+    for block in chosen:
+        try:
+            found = describe_mlp(source.get_submodule(block.name), block.name, activation).activation
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"upcycle: experts[{j}]: {error}") from None
+        if found != block.parts.activation:
+            raise ValueError(
+                f"upcycle: experts[{j}]: {block.name} must have activation {block.parts.activation}, got {found}"
+            )
+
+
 def _draw_routers(chosen, E, router_init, generator):
     """Router weights [E, D] for every chosen block."""
     dims = [block.parts.fc1.in_features for block in chosen]
@@ -219,7 +236,11 @@ def _draw_routers(chosen, E, router_init, generator):
             return [torch.zeros(E, D) for D in dims]
         if kind == "normal" and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", std):
             return [torch.randn(E, D, generator=generator) * float(std) for D in dims]
-    elif len(router_init) == len(chosen) and all(isinstance(t, Tensor) for t in router_init):
+    elif (
+        isinstance(router_init, Sequence)
+        and len(router_init) == len(chosen)
+        and all(isinstance(t, Tensor) for t in router_init)
+    ):
         for block, D, router in zip(chosen, dims, router_init, strict=True):
             if router.shape != (E, D):
                 raise ValueError(f"upcycle: router_init for {block.name} must be [{E}, {D}], got {list(router.shape)}")

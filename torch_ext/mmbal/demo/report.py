@@ -76,7 +76,7 @@ def markdown(report: dict) -> str:
         lines.append(f"| {layer_title(name)} | " + " | ".join(f"{100 * share:.0f}" for share in shares) + " |")
     lines += ["", "## Cost", "", "| stage | steps | seconds | tokens/s |", "|---|---|---|---|"]
     for name, cost in report["stages"].items():
-        lines.append(f"| {name} | {cost['steps']} | {cost['seconds']:.1f} | {cost['tokens_per_second']:.0f} |")
+        lines.append(f"| {name} | {cost['steps']} | {cost['seconds']:.1f} | {cost.get('tokens_per_second', 0):.0f} |")
     machine, versions = report["machine"], report["versions"]
     lines += [
         "",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 from transformers import CLIPModel
 
 from mmbal.checkpoint import save_clip_moe
@@ -43,7 +44,7 @@ def run_demo(
     try:
         report = _run(out, seed, recipe, _parent_folder(out, quick, train_parent))
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The finished stages are in {out / 'stages'}; the same command goes on from there.")
+        print(f"\nInterrupted. What is finished is kept in {out}; the same command goes on from there.")
         raise
     print(markdown(report))
     print(f"{time.perf_counter() - started:.0f} s. Written to {out}: clip_moe/, report.md, report.json, two pictures.")
@@ -53,9 +54,10 @@ def run_demo(
 def _parent_folder(out: Path, quick: bool, train_parent: bool) -> Path:
     if not train_parent:
         return ASSETS
-    folder = out / ("parent_quick" if quick else "parent")
+    recipe = ParentRecipe(steps=20, warmup=5, evaluate_every=10) if quick else ParentRecipe()
+    folder = out / "parent" / fingerprint(asdict(recipe))
     if not (folder / "parent.safetensors").exists():
-        make_parent(folder, ParentRecipe(steps=20, warmup=5, evaluate_every=10) if quick else ParentRecipe())
+        make_parent(folder, recipe)
     return folder
 
 
@@ -63,8 +65,10 @@ def _run(out: Path, seed: int, recipe: stages.Recipe, parent_folder: Path) -> di
     splits = load_splits()
     parent, tokenizer = load_parent(parent_folder)
     trainer = stages.Trainer(recipe, splits.train, tokenizer, seed)
-    mark = fingerprint({"recipe": asdict(recipe), "seed": seed}, parent_folder / "parent.safetensors")
-    store, costs = Store(out / "stages", mark), {}
+    inputs = [parent_folder / name for name in ("parent.safetensors", "parent_config.json", "tokenizer.json")]
+    inputs += [path for path in sorted(ASSETS.iterdir()) if path.suffix in (".png", ".tsv")]
+    mark = fingerprint({"recipe": asdict(recipe), "seed": seed, "versions": versions()}, *inputs)
+    store, costs = Store(out / "stages" / mark), {}
 
     def trained(name: str, steps: int, build: Callable[[], CLIPModel], train: Callable[[], stages.Outcome]):
         """The model of a stage: from disk into build(), or from train()."""
@@ -94,13 +98,13 @@ def _run(out: Path, seed: int, recipe: stages.Recipe, parent_folder: Path) -> di
     labels: list[torch.Tensor] = []
     for stage in range(1, recipe.mcl_stages + 1):
         before = experts[-1] if experts else parent
-        tensors, _ = store.stage(
-            f"clusters_{stage}",
-            lambda before=before, stage=stage: (
-                {"labels": torch.from_numpy(stages.cluster(trainer, before, stage))},
-                {},
-            ),
-        )
+
+        def clusters(before=before, stage=stage):
+            began = time.perf_counter()
+            found = torch.from_numpy(stages.cluster(trainer, before, stage))
+            return {"labels": found}, {"steps": 0, "seconds": time.perf_counter() - began}
+
+        tensors, costs[f"clusters_{stage}"] = store.stage(f"clusters_{stage}", clusters)
         labels.append(tensors["labels"])
         arrays = [part.numpy() for part in labels]
         experts.append(
@@ -135,18 +139,21 @@ def _run(out: Path, seed: int, recipe: stages.Recipe, parent_folder: Path) -> di
     }
     save_clip_moe(clip_moe, out / "clip_moe")
     tokenizer.save(str(out / "clip_moe" / "tokenizer.json"))
+    began = time.perf_counter()
+    also = {f"mcl_{stage}": expert for stage, expert in enumerate(experts, start=1)}
+    also["clip_moe_untrained_router"] = assembled()
+    on_test, on_validation = {}, {}
+    for name, model in tqdm({**variants, **also}.items(), desc=f"{'evaluation':24s}"):
+        on_validation[name] = mean_recall(retrieval(model, tokenizer, splits.validation))
+        if name in variants:
+            on_test[name] = retrieval(model, tokenizer, splits.test)
+    usage = expert_usage(clip_moe, tokenizer, splits.test)
+    costs["evaluation"] = {"steps": 0, "seconds": time.perf_counter() - began}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     report = {
-        "variants": {name: retrieval(model, tokenizer, splits.test) for name, model in variants.items()},
-        "validation_mean_of_six": {
-            name: mean_recall(retrieval(model, tokenizer, splits.validation))
-            for name, model in {
-                **variants,
-                **{f"mcl_{stage}": expert for stage, expert in enumerate(experts, start=1)},
-                "clip_moe_untrained_router": assembled(),
-            }.items()
-        },
-        "expert_usage": expert_usage(clip_moe, tokenizer, splits.test),
+        "variants": on_test,
+        "validation_mean_of_six": on_validation,
+        "expert_usage": usage,
         "seconds": seconds | {"total": sum(seconds.values())},
         "stages": costs,
         "test_pairs": len(splits.test),
@@ -170,9 +177,7 @@ def expert_usage(model: CLIPModel, tokenizer: Tokenizer, pairs: Pairs) -> dict[s
             with collect_router(model) as routers:
                 embed(model, part)
             for record in routers:
-                chosen = record.indices  # [N, K]
                 if embed is embed_texts:
-                    chosen = chosen[(part != PAD).flatten()]
-                new = torch.bincount(chosen.flatten(), minlength=record.num_experts)
-                counts[record.name] = counts.get(record.name, 0) + new
+                    record = record._replace(token_mask=(part != PAD).flatten())
+                counts[record.name] = counts.get(record.name, 0) + record.counts
     return {name: (count / count.sum()).tolist() for name, count in counts.items()}

@@ -137,6 +137,8 @@ class Trainer:
 def _cluster_batches(labels: np.ndarray, batch: int, seed: int) -> Iterator[list[int]]:
     """One-cluster batches, epoch after epoch; a larger cluster gives more of them."""
     sampler = mcl.ClusterBatchSampler(labels, batch, seed=seed, order="shuffled")
+    if len(sampler) == 0:
+        raise ValueError(f"batch must be at most the {len(labels)} training pairs, got {batch}")
     epoch = 0
     while True:
         sampler.set_epoch(epoch)

@@ -24,21 +24,22 @@ def fingerprint(settings: dict, *files: Path) -> str:
 
 
 class Store:
-    """A folder with NAME.safetensors and NAME.json a stage; the JSON is written last and makes a stage valid."""
+    """A folder with NAME.safetensors and NAME.json a stage; the JSON is written last and makes a stage valid.
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint = folder, fingerprint
+    Each recipe, seed and set of inputs has a folder of its own (see `fingerprint`): no run touches another's stages.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def stage(self, name: str, compute: Callable[[], tuple[Tensors, dict]]) -> tuple[Tensors, dict]:
-        """Load the stage if this recipe has run it before, else compute and save it: (tensors, information)."""
+        """Load the stage if it is there, else compute and save it: (tensors, information)."""
         weights, note = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
         if note.exists() and weights.exists():
-            saved = json.loads(note.read_text(encoding="utf-8"))
-            if saved["fingerprint"] == self.fingerprint:
-                return load_file(weights), saved["information"]
+            return load_file(weights), json.loads(note.read_text(encoding="utf-8"))
         note.unlink(missing_ok=True)  # from here on the weights belong to no finished stage
         tensors, information = compute()
         replace_file(weights, lambda file: save_file({k: v.contiguous() for k, v in tensors.items()}, file))
-        text = json.dumps({"fingerprint": self.fingerprint, "information": information}, indent=2)
-        replace_file(note, lambda file: file.write_text(text + "\n", encoding="utf-8"))
+        text = json.dumps(information, indent=2) + "\n"
+        replace_file(note, lambda file: file.write_text(text, encoding="utf-8"))
         return tensors, information

@@ -102,7 +102,7 @@ def plot_retrieval(report: dict, path: Path) -> None:
         axis.set_xticks(range(len(RANKS)), [f"R@{k}" for k in RANKS])
         axis.set_title(title)
     axes[0].set_ylabel("found among the best k, percent")
-    axes[0].legend(frameon=False, fontsize=9, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     means = [mean_recall(result) for result in variants.values()]
     bars = axes[2].bar(range(len(means)), means, color=[COLOURS[name] for name in variants])
     axes[2].bar_label(bars, fmt="%.1f", padding=1, fontweight="bold")

@@ -23,8 +23,8 @@ int mmbal_isa_from_name(const char *name, mmbal_isa *isa) {
     return 0;
 }
 
-static unsigned find_features(void) {
-    unsigned found = 0;
+static int find_features(void) {
+    int found = 0;
 #ifdef MMBAL_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= MMBAL_CPU_AVX2_FMA;
@@ -40,19 +40,24 @@ static unsigned find_features(void) {
     return found;
 }
 
-/* Every thread that reads them first computes the same value, so a race writes it twice at worst. */
-unsigned mmbal_cpu_features(void) {
-    enum { UNREAD = -1 };
-    static int features = UNREAD;
-    int known = __atomic_load_n(&features, __ATOMIC_RELAXED);
-    if (known == UNREAD) {
-        known = (int)find_features();
-        __atomic_store_n(&features, known, __ATOMIC_RELAXED);
+enum { UNREAD = -1 };
+
+/* Every thread that comes first finds the same value, so a race writes it twice at worst. */
+static int read_once(int *known, int (*find)(void)) {
+    int value = __atomic_load_n(known, __ATOMIC_RELAXED);
+    if (value == UNREAD) {
+        value = find();
+        __atomic_store_n(known, value, __ATOMIC_RELAXED);
     }
-    return (unsigned)known;
+    return value;
 }
 
-static mmbal_isa choose_isa(void) {
+unsigned mmbal_cpu_features(void) {
+    static int features = UNREAD;
+    return (unsigned)read_once(&features, find_features);
+}
+
+static int choose_isa(void) {
     mmbal_isa cap = MMBAL_ISA_AVX512, best = MMBAL_ISA_PORTABLE, asked;
     const char *wanted = getenv("MMBAL_ISA");
     if (wanted && mmbal_isa_from_name(wanted, &asked) && asked < cap) cap = asked;
@@ -63,12 +68,6 @@ static mmbal_isa choose_isa(void) {
 }
 
 mmbal_isa mmbal_isa_in_use(void) {
-    enum { UNREAD = -1 };
     static int isa = UNREAD;
-    int known = __atomic_load_n(&isa, __ATOMIC_RELAXED);
-    if (known == UNREAD) {
-        known = (int)choose_isa();
-        __atomic_store_n(&isa, known, __ATOMIC_RELAXED);
-    }
-    return (mmbal_isa)known;
+    return (mmbal_isa)read_once(&isa, choose_isa);
 }

@@ -1,4 +1,4 @@
-"""Operators and modules that balance modalities and train mixtures of experts.
+"""Operators and modules that turn a dense model into a mixture of experts and train it.
 
 The operators are ``torch.ops.mmbal.*``; importing this package registers them.
 """

@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(help="Operators that turn a dense model into a mixture of experts and train it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Operators that turn a dense model into a mixture of experts and train it.", no_args_is_help=True
+)
 
 
 def _version_of(package):

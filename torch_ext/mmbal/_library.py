@@ -25,7 +25,7 @@ def check_devices(op: str, **tensors) -> None:
             raise RuntimeError(f"{op}: {name} must be on {first[1]} as {first[0]} is, got {device}")
 
 
-_implementations = torch.library.Library("mmbal", "IMPL")
+implementations = torch.library.Library("mmbal", "IMPL")
 
 
 def autocast_to_real(op: str) -> None:
@@ -36,7 +36,7 @@ def autocast_to_real(op: str) -> None:
         with torch.autocast("cpu", enabled=False):
             return call(logits_NE if logits_NE.dtype == torch.float64 else logits_NE.float(), *rest, **options)
 
-    _implementations.impl(op, rule, "AutocastCPU")
+    implementations.impl(op, rule, "AutocastCPU")
 
 
 def refuse_double_backward(op: str) -> None:

@@ -49,6 +49,7 @@ def atomic_folder(folder):
                 os.replace(partial, target)
             except BaseException:
                 os.replace(retired / target.name, target)
+                retired.rmdir()
                 raise
             shutil.rmtree(retired)
         else:

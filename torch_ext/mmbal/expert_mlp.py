@@ -6,9 +6,7 @@
 import torch
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import check_devices, ops, refuse_double_backward
-
-_library = torch.library.Library("mmbal", "IMPL")
+from mmbal._library import check_devices, implementations, ops, refuse_double_backward
 
 
 def _expert_mlp(
@@ -67,8 +65,8 @@ def _autocast(device_type):
     return rule
 
 
-_library.impl("expert_mlp", _expert_mlp, "CompositeImplicitAutograd")
-_library.impl("expert_mlp", _autocast("cpu"), "AutocastCPU")
+implementations.impl("expert_mlp", _expert_mlp, "CompositeImplicitAutograd")
+implementations.impl("expert_mlp", _autocast("cpu"), "AutocastCPU")
 
 
 @register_fake("mmbal::expert_mlp_forward")

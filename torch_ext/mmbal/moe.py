@@ -235,8 +235,7 @@ class RouterRecord(NamedTuple):
 class RouterRecords(Sequence):
     """The records of ``collect_router``, layer by layer; it fills while the model runs."""
 
-    def __init__(self, model):
-        layers = [(name.replace("_orig_mod.", ""), m) for name, m in model.named_modules() if isinstance(m, MoEMLP)]
+    def __init__(self, layers):  # [(name, MoEMLP)]
         # Contexts may be nested: they share a layer's list, and each looks at what came after it began.
         self._parts = [(name, layer, layer._records, len(layer._records)) for name, layer in layers]
 
@@ -273,13 +272,13 @@ def collect_router(model: nn.Module):
     reentrant checkpointing the first forward runs without gradients, so the losses cannot train the router: use
     ``use_reentrant=False``.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, MoEMLP)]
+    layers = [(name.replace("_orig_mod.", ""), m) for name, m in model.named_modules() if isinstance(m, MoEMLP)]
     if not layers:
         raise ValueError(f"collect_router: model must have MoEMLP layers, {type(model).__name__} has none")
-    began = [layer for layer in layers if layer._records is None]
+    began = [layer for _, layer in layers if layer._records is None]
     for layer in began:
         layer._records = []
-    routers = RouterRecords(model)
+    routers = RouterRecords(layers)
     try:
         yield routers
     finally:

@@ -1,0 +1,108 @@
+"""What else is promised: memory kept for the backward, the router stage, and what the routing costs."""
+
+from __future__ import annotations
+
+import torch
+from contenders import ACTIVATION, Problem, Shape, ours, transformers_experts
+from measure import interleaved
+from rich.table import Table
+from torch import Tensor
+
+import mmbal
+from mmbal.moe import MoEMLP
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    return table
+
+
+def _saved_bytes(run, problem: Problem) -> int:
+    """Bytes of the storages that autograd keeps between forward and backward, without the inputs and the weights."""
+    given = [problem.x, problem.weights, problem.indices, *problem.experts.parameters()]
+    own = {t.untyped_storage().data_ptr() for t in given}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = run(problem.x, problem.indices, problem.weights)  # noqa: F841 the graph must live while it is counted
+    return sum(found.values())
+
+
+def kept_bytes() -> Table:
+    table = _table("Memory kept for the backward, MiB (at least 45 % less)", "shape", "mmbal", "grouped_mm", "less")
+    for dtype in ("float32", "bfloat16"):
+        shape = Shape(768, 3072, 1024, dtype=dtype)
+        problem = Problem(shape)
+        mine = _saved_bytes(ours(problem.experts), problem)
+        theirs = _saved_bytes(transformers_experts("grouped_mm", problem.experts), problem)
+        less = f"{100 * (1 - mine / theirs):.0f} %"
+        table.add_row(str(shape), f"{mine / 2**20:.1f}", f"{theirs / 2**20:.1f}", less)
+    return table
+
+
+def router_stage(seconds: float) -> Table:
+    """Backward with frozen experts over the full backward."""
+    table = _table("Backward of the router stage over the full backward (at most 0.6)", "shape", "ratio")
+    for shape in (Shape(768, 3072, 256), Shape(768, 3072, 1024), Shape(768, 3072, 1024, dtype="bfloat16")):
+        torch.set_num_threads(shape.threads)
+        problem = Problem(shape)
+        x, weights = problem.x, problem.weights
+        y = ours(problem.experts)(x, problem.indices, weights)
+        experts = list(problem.experts.parameters())
+
+        def backward(leaves: list[Tensor], y=y, dy=problem.dy):
+            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True) and None
+
+        times = interleaved({"router": backward([x, weights]), "full": backward([x, weights, *experts])}, seconds)
+        table.add_row(str(shape), f"{times['router'].median / times['full'].median:.2f}")
+    return table
+
+
+def routing_cost(seconds: float) -> Table:
+    """Top-k, dispatch, combine and the balance loss, forward and backward, over the step of a whole layer."""
+    table = _table("Routing over the step of a layer (under 2 %)", "part", "ms", "share")
+    shape = Shape(768, 3072, 4096)
+    torch.set_num_threads(shape.threads)
+    torch.manual_seed(0)
+    N, K, D = shape.N, shape.K, shape.D
+    layer = MoEMLP(D, shape.F, shape.E, top_k=K, activation=ACTIVATION)
+    x, dy = torch.randn(N, D, requires_grad=True), torch.randn(N, D)
+    logits = torch.randn(N, shape.E, requires_grad=True)
+    indices = torch.ops.mmbal.moe_topk(logits.detach(), K)[1]
+    dweights = torch.randn(N, K)
+    narrow = Problem(Shape(D, 1, N))  # F = 1: what is left of expert_mlp is gathering, combining and their backwards
+
+    def step() -> None:
+        with mmbal.collect_router(layer) as routers:
+            y = layer(x)
+        balance = mmbal.router_losses(routers, load_balance=0.01).total
+        torch.autograd.backward([y, balance], [dy, None])
+
+    def topk() -> None:
+        torch.ops.mmbal.moe_topk(logits, K)[0].backward(dweights)
+
+    def balance() -> None:
+        torch.ops.mmbal.load_balance_loss(logits, indices).backward()
+
+    parts = {
+        "top-k": topk,
+        "dispatch": lambda: torch.ops.mmbal.moe_dispatch(indices, shape.E) and None,
+        "balance loss": balance,
+        "gather and combine (expert_mlp with F = 1)": narrow.contenders(["mmbal"])["mmbal"],
+    }
+    times = interleaved(parts | {"step": step}, seconds)
+    whole = times["step"].median
+    for name in parts:
+        table.add_row(name, f"{1e3 * times[name].median:.2f}", f"{100 * times[name].median / whole:.2f} %")
+    total = sum(times[name].median for name in parts)
+    table.add_row("together", f"{1e3 * total:.2f}", f"{100 * total / whole:.2f} %")
+    table.add_row("step", f"{1e3 * whole:.1f}", "")
+    return table

@@ -1,0 +1,72 @@
+"""Timing: contenders take turns in one process, so that what else the machine does meets them all alike."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each turn."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles over the median."""
+        if len(self.seconds) < 4:
+            return (max(self.seconds) - min(self.seconds)) / self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / self.median
+
+
+def interleaved(contenders: dict[str, Callable[[], None]], seconds: float, least: int = 3) -> dict[str, Times]:
+    """One warm-up each, then turns for about `seconds` in all, in an order that moves by one each round."""
+    for run in contenders.values():
+        run()
+    names, found = list(contenders), {name: [] for name in contenders}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < least or time.perf_counter() - begin < seconds:
+        shift = rounds % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            contenders[name]()
+            found[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: Times(tuple(values)) for name, values in found.items()}
+
+
+@cache
+def _peak_library() -> ctypes.CDLL:
+    source = Path(__file__).with_name("peak.c")
+    name = f"mmbal-peak-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / name
+        flags = ["-O3", "-march=native", "-std=c11", "-ffp-contract=fast", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, "-o", target, source], check=True)
+        library = ctypes.CDLL(str(target))
+    for function in (library.peak_float32, library.peak_bfloat16):
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
+    return library
+
+
+def peak_gflops(dtype: str, threads: int, seconds: float = 0.05) -> float:
+    """GFLOP/s of `threads` register-only loops side by side, a product and a sum counted as two; 0 where there is no
+    such instruction."""
+    function = getattr(_peak_library(), f"peak_{dtype}")
+    with ThreadPoolExecutor(threads) as pool:
+        return 2e-9 * sum(pool.map(function, [seconds] * threads))

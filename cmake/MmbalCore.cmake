@@ -1,22 +1,33 @@
 # The C core (mmbal::core) and the OpenMP pool (mmbal::openmp), built, installed and exported.
+include(CheckCCompilerFlag)
 include(CheckCSourceCompiles)
 include(CMakePackageConfigHelpers)
 
 file(GLOB core_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/ops/cpu/*.c)
 list(FILTER core_sources EXCLUDE REGEX "/pool_openmp\\.c$")
 
-# The kernels of one instruction set live in files named after it, compiled with its flags.
-set(isa_regex "_(avx2|avx512)\\.c$")
+# The kernels of one instruction set live in kernels_ISA.c, compiled with its flags.
 set(isa_avx2 -mavx2 -mfma)
 set(isa_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+set(isa_avx512_bf16 ${isa_avx512} -mavx512bf16)
+set(isa_amx ${isa_avx512} -mamx-tile -mamx-bf16)
+set(isa_regex "/kernels_(avx2|avx512|avx512_bf16|amx)\\.c$")
 check_c_source_compiles("
 #ifndef __x86_64__
 #error not x86-64
 #endif
 int main(void) { return 0; }" MMBAL_X86)
+check_c_compiler_flag(-mavx512bf16 MMBAL_HAS_AVX512_BF16) # GCC 10, Clang 9
+check_c_compiler_flag("-mamx-tile -mamx-bf16" MMBAL_HAS_AMX) # GCC 11, Clang 12
 if(NOT MMBAL_X86)
   list(FILTER core_sources EXCLUDE REGEX ${isa_regex})
 endif()
+foreach(isa IN ITEMS AVX512_BF16 AMX)
+  if(NOT MMBAL_HAS_${isa})
+    string(TOLOWER ${isa} name)
+    list(FILTER core_sources EXCLUDE REGEX "/kernels_${name}\\.c$")
+  endif()
+endforeach()
 foreach(source IN LISTS core_sources)
   if(source MATCHES ${isa_regex})
     set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${isa_${CMAKE_MATCH_1}};-ffp-contract=fast")
@@ -32,7 +43,9 @@ set_target_properties(mmbal_core PROPERTIES EXPORT_NAME core)
 target_compile_features(mmbal_core PUBLIC c_std_11)
 target_include_directories(mmbal_core PUBLIC
   $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
-target_compile_definitions(mmbal_core PRIVATE $<$<BOOL:${MMBAL_X86}>:MMBAL_X86>)
+foreach(macro IN ITEMS MMBAL_X86 MMBAL_HAS_AVX512_BF16 MMBAL_HAS_AMX)
+  target_compile_definitions(mmbal_core PRIVATE $<$<AND:$<BOOL:${MMBAL_X86}>,$<BOOL:${${macro}}>>:${macro}>)
+endforeach()
 # Neither flag changes a result; both let the compiler vectorise loops with sqrt and comparisons.
 target_compile_options(mmbal_core PRIVATE $<$<NOT:$<CONFIG:Debug>>:-O3> -fno-math-errno -fno-trapping-math)
 target_link_libraries(mmbal_core PRIVATE $<BUILD_INTERFACE:mmbal_flags>)

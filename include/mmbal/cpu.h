@@ -6,25 +6,32 @@
 extern "C" {
 #endif
 
-typedef enum mmbal_isa { MMBAL_ISA_PORTABLE = 0, MMBAL_ISA_AVX2, MMBAL_ISA_AVX512, MMBAL_ISA_AMX } mmbal_isa;
+typedef enum mmbal_isa {
+    MMBAL_ISA_PORTABLE = 0,
+    MMBAL_ISA_AVX2,
+    MMBAL_ISA_AVX512,
+    MMBAL_ISA_AVX512_BF16, /* the one before with dot products of bfloat16 pairs */
+    MMBAL_ISA_AMX          /* the one before with tile products of bfloat16 */
+} mmbal_isa;
 
 enum {
     MMBAL_CPU_AVX2_FMA = 1,    /* AVX2 and FMA */
     MMBAL_CPU_AVX512 = 2,      /* F, BW, DQ and VL */
     MMBAL_CPU_AVX512_BF16 = 4, /* dot products of bfloat16 pairs */
-    MMBAL_CPU_AMX_BF16 = 8     /* tile products of bfloat16 */
+    MMBAL_CPU_AMX_BF16 = 8     /* tile products of bfloat16, where the operating system lets a process use them */
 };
 
 /* The features found, a sum of MMBAL_CPU_*. */
 unsigned mmbal_cpu_features(void);
 
 /* The best instruction set that the processor has, this build has kernels for, and the environment variable
- * MMBAL_ISA=portable|avx2|avx512|amx allows. An unknown value of it counts as absent: see mmbal_isa_from_name. */
+ * MMBAL_ISA=portable|avx2|avx512|avx512_bf16|amx allows. An unknown value of it counts as absent: see
+ * mmbal_isa_from_name. */
 mmbal_isa mmbal_isa_in_use(void);
 
 const char *mmbal_isa_name(mmbal_isa isa);
 
-/* 1 and *isa when name is one of portable, avx2, avx512, amx; otherwise 0. */
+/* 1 and *isa when name is one of portable, avx2, avx512, avx512_bf16, amx; otherwise 0. */
 int mmbal_isa_from_name(const char *name, mmbal_isa *isa);
 
 #ifdef __cplusplus

@@ -1,13 +1,20 @@
+#define _DEFAULT_SOURCE /* syscall */
 #include "mmbal/cpu.h"
 
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels.h"
+
 #ifdef MMBAL_X86
 #include <cpuid.h>
 #endif
+#if defined MMBAL_X86 && defined __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-static const char *const isa_names[] = {"portable", "avx2", "avx512", "amx"};
+static const char *const isa_names[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 const char *mmbal_isa_name(mmbal_isa isa) {
     return isa >= MMBAL_ISA_PORTABLE && isa <= MMBAL_ISA_AMX ? isa_names[isa] : "unknown";
@@ -23,6 +30,19 @@ int mmbal_isa_from_name(const char *name, mmbal_isa *isa) {
     return 0;
 }
 
+#ifdef MMBAL_X86
+/* Linux saves tile registers only for a process that has asked for them: arch_prctl(ARCH_REQ_XCOMP_PERM,
+ * XFEATURE_XTILEDATA), Documentation/arch/x86/xstate.rst. A kernel that does not know the request has no tiles. */
+static int tiles_permitted(void) {
+#ifdef __linux__
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
 static int find_features(void) {
     int found = 0;
 #ifdef MMBAL_X86
@@ -32,10 +52,13 @@ static int find_features(void) {
         __builtin_cpu_supports("avx512vl"))
         found |= MMBAL_CPU_AVX512;
     unsigned eax, ebx, ecx, edx;
-    if (found & MMBAL_CPU_AVX512) { /* Intel SDM vol. 2A, CPUID leaf 7: EAX bit 5 of sub-leaf 1, EDX bit 22 of 0 */
-        if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5))) found |= MMBAL_CPU_AVX512_BF16;
-        if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & (1u << 22))) found |= MMBAL_CPU_AMX_BF16;
-    }
+    /* Intel SDM vol. 2A, CPUID leaf 7: EAX bit 5 of sub-leaf 1; EDX bits 22 (AMX-BF16) and 24 (AMX-TILE) of 0 */
+    if (found & MMBAL_CPU_AVX512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5)))
+        found |= MMBAL_CPU_AVX512_BF16;
+    const unsigned tiles = 1u << 22 | 1u << 24;
+    if (found & MMBAL_CPU_AVX512_BF16 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & tiles) == tiles &&
+        tiles_permitted())
+        found |= MMBAL_CPU_AMX_BF16;
 #endif
     return found;
 }
@@ -58,12 +81,15 @@ unsigned mmbal_cpu_features(void) {
 }
 
 static int choose_isa(void) {
-    mmbal_isa cap = MMBAL_ISA_AVX512, best = MMBAL_ISA_PORTABLE, asked;
+    mmbal_isa cap = MMBAL_ISA_AMX, best = MMBAL_ISA_PORTABLE, asked;
     const char *wanted = getenv("MMBAL_ISA");
     if (wanted && mmbal_isa_from_name(wanted, &asked) && asked < cap) cap = asked;
     const unsigned features = mmbal_cpu_features();
     if (features & MMBAL_CPU_AVX2_FMA) best = MMBAL_ISA_AVX2;
     if (features & MMBAL_CPU_AVX512) best = MMBAL_ISA_AVX512;
+    if (features & MMBAL_CPU_AVX512_BF16) best = MMBAL_ISA_AVX512_BF16;
+    if (features & MMBAL_CPU_AMX_BF16) best = MMBAL_ISA_AMX;
+    while (!mmbal_kernels_of(best)) best--; /* a build without the compiler's support for an instruction set */
     return best < cap ? best : cap;
 }
 

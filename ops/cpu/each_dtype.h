@@ -3,10 +3,15 @@
  *   REAL    what sums are taken in              STORE(r)  REAL to STORED, rounding
  *   NAME(f) f with the dtype's suffix           OF_REAL(f) f with the suffix of REAL
  *   EXP     exp for REAL
+ *   OPERAND what factors of products are kept in between passes, OF_OPERAND(f) f with its suffix
+ *   TO_OPERAND(r), FROM_OPERAND(o): an operand has the precision of STORED, whatever it lies in
+ *   ROUNDED(r) a REAL with the precision of STORED
+ *   PACKING the file that packs OPERANDs, TRANSPOSE for its words
  */
 #include <math.h>
 
 #include "bfloat16.h"
+#include "float16.h"
 
 #define STORED float
 #define REAL float
@@ -15,16 +20,41 @@
 #define STORE(r) (r)
 #define OF_REAL(f) f##_f32
 #define EXP expf
+#define OPERAND float
+#define TO_OPERAND(r) (r)
+#define FROM_OPERAND(o) (o)
+#define ROUNDED(r) (r)
+#define OF_OPERAND(f) f##_f32
+#define PACKING "pack_elements.h"
+#define TRANSPOSE transpose_32
 #include BODY
 #undef STORED
 #undef NAME
 #undef LOAD
 #undef STORE
+#undef TO_OPERAND
+#undef ROUNDED
 
 #define STORED bfloat16
 #define NAME(f) f##_bf16
 #define LOAD(s) float_of_bfloat16(s)
 #define STORE(r) bfloat16_of_float(r)
+#define TO_OPERAND(r) float_of_bfloat16(bfloat16_of_float(r))
+#define ROUNDED(r) float_of_bfloat16(bfloat16_of_float(r))
+#include BODY
+#undef STORED
+#undef NAME
+#undef LOAD
+#undef STORE
+#undef TO_OPERAND
+#undef ROUNDED
+
+#define STORED float16
+#define NAME(f) f##_f16
+#define LOAD(s) float_of_float16(s)
+#define STORE(r) float16_of_float(r)
+#define TO_OPERAND(r) float_of_float16(float16_of_float(r))
+#define ROUNDED(r) float_of_float16(float16_of_float(r))
 #include BODY
 #undef STORED
 #undef REAL
@@ -33,6 +63,13 @@
 #undef STORE
 #undef OF_REAL
 #undef EXP
+#undef OPERAND
+#undef TO_OPERAND
+#undef FROM_OPERAND
+#undef ROUNDED
+#undef OF_OPERAND
+#undef PACKING
+#undef TRANSPOSE
 
 #define STORED double
 #define REAL double
@@ -41,6 +78,13 @@
 #define STORE(r) (r)
 #define OF_REAL(f) f##_f64
 #define EXP exp
+#define OPERAND double
+#define TO_OPERAND(r) (r)
+#define FROM_OPERAND(o) (o)
+#define ROUNDED(r) (r)
+#define OF_OPERAND(f) f##_f64
+#define PACKING "pack_elements.h"
+#define TRANSPOSE transpose_64
 #include BODY
 #undef STORED
 #undef REAL
@@ -49,12 +93,20 @@
 #undef STORE
 #undef OF_REAL
 #undef EXP
+#undef OPERAND
+#undef TO_OPERAND
+#undef FROM_OPERAND
+#undef ROUNDED
+#undef OF_OPERAND
+#undef PACKING
+#undef TRANSPOSE
 
 /* Returns f's version for dtype from the enclosing function. */
 #define RETURN_FOR_DTYPE(dtype, f, ...)                                                                                \
     switch (dtype) {                                                                                                   \
     case MMBAL_F32: return f##_f32(__VA_ARGS__);                                                                       \
     case MMBAL_BF16: return f##_bf16(__VA_ARGS__);                                                                     \
+    case MMBAL_F16: return f##_f16(__VA_ARGS__);                                                                       \
     case MMBAL_F64: return f##_f64(__VA_ARGS__);                                                                       \
     }                                                                                                                  \
     return MMBAL_UNSUPPORTED

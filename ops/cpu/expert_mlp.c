@@ -7,11 +7,55 @@
 #include "dropout.h"
 #include "kernels.h"
 #include "mmbal/routing.h"
+#include "transpose.h"
 
-enum { ROWS_PER_TASK = 16 }; /* of passes over rows of D or F elements: some tens of microseconds */
+/* Of passes over rows of D or F elements: some tens of microseconds. */
+enum { ROWS_PER_TASK = 16, GATHERED_ROWS = 64 };
+
+/* One pass of a call over the pool; all that a pass writes is there before the next begins. */
+typedef struct pass {
+    int needed;
+    int64_t count, grain;
+    mmbal_task *task;
+} pass;
+
+static mmbal_status run_passes(const pass *passes, size_t count, void *call, const mmbal_pool *pool) {
+    mmbal_status status = MMBAL_OK;
+    for (size_t i = 0; i < count && status == MMBAL_OK; i++)
+        if (passes[i].needed) status = pool->run(pool->self, passes[i].count, passes[i].grain, passes[i].task, call);
+    return status;
+}
+
+/* Rows of a block: high blocks pack the weights seldom, but a few blocks for each worker keep all of them busy. */
+static int64_t rows_for_balance(mmbal_expert_mlp_shape s, int workers) {
+    const int64_t across = ceil_div(s.D < s.F ? s.D : s.F, BLOCK_COLS), wanted = 8 * (int64_t)workers;
+    int64_t rows = BLOCK_ROWS;
+    while (rows > BLOCK_ROWS / 4 && ceil_div(s.N * s.K, rows) * across < wanted) rows /= 2;
+    return rows;
+}
 
 #define BODY "expert_mlp_body.h"
 #include "each_dtype.h"
+
+/* bfloat16 once more, for the instruction sets that multiply pairs of it. */
+#define STORED bfloat16
+#define REAL float
+#define NAME(f) f##_bf16_pairs
+#define LOAD(s) float_of_bfloat16(s)
+#define STORE(r) bfloat16_of_float(r)
+#define OF_REAL(f) f##_f32
+#define OPERAND bfloat16
+#define TO_OPERAND(r) bfloat16_of_float(r)
+#define FROM_OPERAND(o) float_of_bfloat16(o)
+#define ROUNDED(r) float_of_bfloat16(bfloat16_of_float(r))
+#define OF_OPERAND(f) f##_bf16
+#define PACKING "pack_pairs.h"
+#define TRANSPOSE transpose_32
+#include BODY
+
+#define RETURN_FOR_KERNELS(dtype, f, ...)                                                                              \
+    if (dtype == MMBAL_BF16 && mmbal_kernels_in_use()->tile_bf16) return f##_bf16_pairs(__VA_ARGS__);                  \
+    RETURN_FOR_DTYPE(dtype, f, __VA_ARGS__)
 
 int mmbal_activation_from_name(const char *name, mmbal_activation *activation) {
     static const char *const names[] = {"quick_gelu", "gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"};
@@ -36,11 +80,11 @@ static mmbal_status check_arguments(const mmbal_expert_mlp_inputs *inputs, mmbal
 }
 
 static mmbal_status forward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers, int64_t *bytes) {
-    RETURN_FOR_DTYPE(dtype, forward_bytes, shape, workers, bytes);
+    RETURN_FOR_KERNELS(dtype, forward_bytes, shape, workers, bytes);
 }
 
 static mmbal_status backward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers, int64_t *bytes) {
-    RETURN_FOR_DTYPE(dtype, backward_bytes, shape, workers, bytes);
+    RETURN_FOR_KERNELS(dtype, backward_bytes, shape, workers, bytes);
 }
 
 int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers) {
@@ -58,7 +102,7 @@ mmbal_status mmbal_expert_mlp(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *
                               const mmbal_pool *pool) {
     const mmbal_status status = check_arguments(inputs, shape, options, pool);
     if (status != MMBAL_OK) return status;
-    RETURN_FOR_DTYPE(dtype, forward, inputs, shape, options, y, preactivation, workspace, pool);
+    RETURN_FOR_KERNELS(dtype, forward, inputs, shape, options, y, preactivation, workspace, pool);
 }
 
 mmbal_status mmbal_expert_mlp_backward(mmbal_dtype dtype, const void *dy, const mmbal_expert_mlp_inputs *inputs,
@@ -68,5 +112,5 @@ mmbal_status mmbal_expert_mlp_backward(mmbal_dtype dtype, const void *dy, const 
                                        const mmbal_pool *pool) {
     const mmbal_status status = check_arguments(inputs, shape, options, pool);
     if (status != MMBAL_OK) return status;
-    RETURN_FOR_DTYPE(dtype, backward, dy, inputs, preactivation, shape, options, gradients, workspace, pool);
+    RETURN_FOR_KERNELS(dtype, backward, dy, inputs, preactivation, shape, options, gradients, workspace, pool);
 }

@@ -1,88 +1,127 @@
-/* Backward of expert_mlp.c for one dtype. Each gradient is a pass of its own, taken only when it is asked for. */
+/* Backward of expert_mlp.c for one dtype. Each gradient is a pass of its own, taken only when it is asked for; those of
+ * the biases fall out of the passes over the weights. */
 
-static int64_t NAME(blocks_across)(const NAME(call) * c) { return ceil_div(c->F, BLOCK_COLS); }
+static int64_t NAME(parts)(const NAME(call) * c) { return 1 + ceil_div(c->F, BLOCK_COLS); }
 
 static void NAME(backward_workspace)(NAME(call) * c, int workers, arena *from) {
-    c->hidden = carve(from, c->R * c->F * (int64_t)sizeof(STORED));
-    c->dhidden = carve(from, c->R * c->F * (int64_t)sizeof(STORED));
-    c->g = carve(from, c->R * c->D * (int64_t)sizeof(STORED));
+    c->input = carve(from, NAME(operand_bytes)(c->R, c->D));
+    c->hidden = carve(from, NAME(operand_bytes)(c->R, c->F));
+    c->dhidden = carve(from, NAME(operand_bytes)(c->R, c->F));
+    c->g = carve(from, NAME(operand_bytes)(c->R, c->D));
+    const int64_t turned_bytes = NAME(turned_stride)(c->R, c->E) * (int64_t)sizeof(OPERAND);
+    c->dhidden_turned = carve(from, c->F * turned_bytes);
+    c->g_turned = carve(from, c->D * turned_bytes);
+    c->turned = carve(from, c->E * (int64_t)sizeof(int64_t));
     c->rows = carve(from, c->R * c->D * (int64_t)sizeof(REAL));
-    c->dot_parts = carve(from, c->R * NAME(blocks_across)(c) * (int64_t)sizeof(REAL));
-    c->scratch = carve(from, workers * (int64_t)sizeof(REAL) * NAME(SCRATCH));
+    c->dot_parts = carve(from, c->R * NAME(parts)(c) * (int64_t)sizeof(REAL));
+    c->scratch = carve(from, workers * (int64_t)sizeof(NAME(scratch)));
 }
 
 static mmbal_status NAME(backward_bytes)(mmbal_expert_mlp_shape s, int workers, int64_t *bytes) {
-    NAME(call) c = {.R = s.N * s.K, .D = s.D, .F = s.F};
+    NAME(call) c = {.R = s.N * s.K, .D = s.D, .F = s.F, .E = s.E};
     arena from = {0};
     NAME(backward_workspace)(&c, workers, &from);
     *bytes = bytes_carved(&from);
     return MMBAL_OK;
 }
 
-/* dy of every routed row: gathered from the tokens, or from g when an output mask had to be applied. */
-static NAME(matrix) NAME(output_gradient)(const NAME(call) * c) {
-    if (c->output_dropout.probability > 0) return (NAME(matrix)){.data = c->g, .stride = c->D};
-    return (NAME(matrix)){.data = c->dy, .stride = c->D, .token = c->permutation, .K = c->K};
+/* input = x and g = dy * mask of row r; the first part of its dweights is <g, b2> */
+static void NAME(gather_gradient_row)(const NAME(call) * c, int64_t expert, int64_t r, REAL *g, REAL *b2) {
+    const int64_t pair = c->permutation[r];
+    REAL dot = 0;
+    if (c->dw1) NAME(gather_row)(c, c->x, r, c->input);
+    for (int64_t from = 0; from < c->D; from += BLOCK_COLS) {
+        const int64_t n = least(BLOCK_COLS, c->D - from);
+        const STORED *dy = c->dy + pair / c->K * c->D + from;
+        for (int64_t d = 0; d < n; d++) g[d] = LOAD(dy[d]);
+        NAME(mask)(&c->output_dropout, pair * c->D + from, n, g);
+        OPERAND *kept = c->g + r * NAME(row_stride)(c->D) + from;
+        for (int64_t d = 0; d < n; d++) kept[d] = TO_OPERAND(g[d]);
+        if (!c->b2 || !c->dweights) continue;
+        for (int64_t d = 0; d < n; d++) b2[d] = LOAD(c->b2[expert * c->D + from + d]);
+        dot += NAME(dot)(n, g, b2);
+    }
+    NAME(end_row)(c->g, r, c->D);
+    c->dot_parts[r * NAME(parts)(c)] = dot;
 }
 
-static mmbal_status NAME(output_mask_task)(void *context, int worker, int64_t begin, int64_t end) {
-    (void)worker;
-    const NAME(call) *c = context;
-    REAL piece[BLOCK_COLS];
-    for (int64_t r = begin; r < end; r++) {
-        const int64_t pair = c->permutation[r];
-        for (int64_t from = 0; from < c->D; from += BLOCK_COLS) {
-            const int64_t n = least(BLOCK_COLS, c->D - from);
-            for (int64_t d = 0; d < n; d++) piece[d] = LOAD(c->dy[pair / c->K * c->D + from + d]);
-            NAME(mask)(&c->output_dropout, pair * c->D + from, n, piece);
-            for (int64_t d = 0; d < n; d++) c->g[r * c->D + from + d] = STORE(piece[d]);
+/* Where row r of an expert stands in a turned matrix. */
+static int64_t NAME(turned_place)(const NAME(call) * c, int64_t expert, int64_t r) {
+    return c->turned[expert] + r - c->offsets[expert];
+}
+
+/* g_turned = (weights g)^T */
+static void NAME(turn_gradient)(const NAME(call) * c, block at, OPERAND *scaled) {
+    const int64_t stride = NAME(turned_stride)(c->R, c->E), place = NAME(turned_place)(c, at.expert, at.row);
+    for (int64_t from = 0; from < c->D; from += BLOCK_COLS) {
+        const int64_t n = least(BLOCK_COLS, c->D - from);
+        for (int64_t i = 0; i < at.rows; i++) {
+            const OPERAND *g = c->g + (at.row + i) * NAME(row_stride)(c->D) + from;
+            const REAL weight = c->weights[c->permutation[at.row + i]];
+            for (int64_t d = 0; d < n; d++) scaled[i * BLOCK_COLS + d] = TO_OPERAND(weight * FROM_OPERAND(g[d]));
         }
+        NAME(turn)(scaled, BLOCK_COLS, at.rows, n, c->g_turned + from * stride + place, stride);
+    }
+}
+
+static int64_t NAME(gather_blocks)(const NAME(call) * c) {
+    return count_row_blocks(c->offsets, c->E, GATHERED_ROWS, c->tile_rows, 1);
+}
+
+static mmbal_status NAME(gather_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
+    const NAME(call) *c = context;
+    NAME(scratch) *s = c->scratch + worker;
+    for (int64_t index = begin; index < end; index++) {
+        const block at = find_row_block(c->offsets, GATHERED_ROWS, c->tile_rows, 1, index);
+        for (int64_t i = 0; i < at.rows; i++)
+            NAME(gather_gradient_row)(c, at.expert, at.row + i, s->c, s->c + BLOCK_COLS);
+        if (c->dw2 || c->db2) NAME(turn_gradient)(c, at, s->b);
     }
     return MMBAL_OK;
 }
 
-/* h = (g w2) * mask; parts of <h, activation(u)>, du = weights h activation'(u), hidden = weights a */
+/* h = (g w2) * mask; parts of <h, activation(u)>, du = weights h activation'(u), hidden = a */
 static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
-    const NAME(matrix) g = NAME(output_gradient)(c);
+    NAME(scratch) *s = c->scratch + worker;
+    const NAME(rows) g = {c->g, NAME(row_stride)(c->D)};
     REAL value[BLOCK_COLS], slope[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
-        const block at = find_row_block(c->offsets, c->height, c->F, index);
-        const NAME(matrix) w2 = {.data = c->w2 + at.expert * c->D * c->F, .stride = c->F, .rows_contiguous = 1};
-        REAL *h = NAME(multiply)(c->kernels, &g, &w2, at, 0, c->D, NAME(scratch_of)(c, worker));
+        const block at = NAME(row_block)(c, c->F, index);
+        const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 0};
+        NAME(multiply)(c->kernels, g, w2, at, c->D, s);
+        REAL *h = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, h += BLOCK_COLS) {
-            const int64_t pair = c->permutation[r], place = r * c->F + at.col;
+            const int64_t pair = c->permutation[r], place = r * NAME(row_stride)(c->F) + at.col;
+            const STORED *u = c->preactivation + r * c->F + at.col;
             const REAL weight = c->weights[pair];
-            for (int64_t f = 0; f < at.cols; f++) value[f] = LOAD(c->preactivation[place + f]);
+            for (int64_t f = 0; f < at.cols; f++) value[f] = LOAD(u[f]);
             c->kernels->OF_REAL(activate)(c->activation, at.cols, value, value, slope);
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, h);
-            REAL dot = 0;
-            for (int64_t f = 0; f < at.cols; f++) dot += h[f] * value[f];
-            c->dot_parts[r * NAME(blocks_across)(c) + at.col / BLOCK_COLS] = dot;
-            for (int64_t f = 0; f < at.cols; f++) c->dhidden[place + f] = STORE(weight * h[f] * slope[f]);
+            if (c->dweights) c->dot_parts[r * NAME(parts)(c) + 1 + at.col / BLOCK_COLS] = NAME(dot)(at.cols, h, value);
+            for (int64_t f = 0; f < at.cols; f++) c->dhidden[place + f] = TO_OPERAND(weight * h[f] * slope[f]);
+            if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden, r, c->F);
             if (!c->dw2) continue;
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, value);
-            for (int64_t f = 0; f < at.cols; f++) c->hidden[place + f] = STORE(weight * value[f]);
+            for (int64_t f = 0; f < at.cols; f++) c->hidden[place + f] = TO_OPERAND(value[f]);
         }
+        if (!c->dw1 && !c->db1) continue;
+        const int64_t stride = NAME(row_stride)(c->F), turned_stride = NAME(turned_stride)(c->R, c->E);
+        NAME(turn)(c->dhidden + at.row * stride + at.col, stride, at.rows, at.cols,
+                   c->dhidden_turned + at.col * turned_stride + NAME(turned_place)(c, at.expert, at.row),
+                   turned_stride);
     }
     return MMBAL_OK;
 }
 
-/* dweights = <h, a> + <g, b2> */
+/* dweights = <g, b2> + <h, a> */
 static mmbal_status NAME(dweights_task)(void *context, int worker, int64_t begin, int64_t end) {
     (void)worker;
     const NAME(call) *c = context;
-    const NAME(matrix) g = NAME(output_gradient)(c);
-    const int64_t parts = NAME(blocks_across)(c);
-    for (int64_t e = 0; e < c->E; e++) {
-        const int64_t first = c->offsets[e] > begin ? c->offsets[e] : begin;
-        for (int64_t r = first; r < least(c->offsets[e + 1], end); r++) {
-            REAL dot = 0;
-            for (int64_t part = 0; part < parts; part++) dot += c->dot_parts[r * parts + part];
-            const STORED *dy = NAME(line)(&g, r);
-            for (int64_t d = 0; c->b2 && d < c->D; d++) dot += LOAD(dy[d]) * LOAD(c->b2[e * c->D + d]);
-            c->dweights[c->permutation[r]] = dot;
-        }
+    for (int64_t r = begin; r < end; r++) {
+        REAL dot = 0;
+        for (int64_t part = 0; part < NAME(parts)(c); part++) dot += c->dot_parts[r * NAME(parts)(c) + part];
+        c->dweights[c->permutation[r]] = dot;
     }
     return MMBAL_OK;
 }
@@ -90,11 +129,13 @@ static mmbal_status NAME(dweights_task)(void *context, int worker, int64_t begin
 /* rows = du w1 */
 static mmbal_status NAME(input_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
+    NAME(scratch) *s = c->scratch + worker;
+    const NAME(rows) du = {c->dhidden, NAME(row_stride)(c->F)};
     for (int64_t index = begin; index < end; index++) {
-        const block at = find_row_block(c->offsets, c->height, c->D, index);
-        const NAME(matrix) du = {.data = c->dhidden, .stride = c->F};
-        const NAME(matrix) w1 = {.data = c->w1 + at.expert * c->F * c->D, .stride = c->D, .rows_contiguous = 1};
-        const REAL *dx = NAME(multiply)(c->kernels, &du, &w1, at, 0, c->F, NAME(scratch_of)(c, worker));
+        const block at = NAME(row_block)(c, c->D, index);
+        const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 0};
+        NAME(multiply)(c->kernels, du, w1, at, c->F, s);
+        const REAL *dx = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, dx += BLOCK_COLS)
             memcpy(c->rows + r * c->D + at.col, dx, sizeof(REAL) * (size_t)at.cols);
     }
@@ -108,61 +149,58 @@ static mmbal_status NAME(combine_dx_task)(void *context, int worker, int64_t beg
     return MMBAL_OK;
 }
 
-/* to[e] = a^T b over the rows of expert e, [rows, cols] */
-static void NAME(weight_gradient)(const NAME(call) * c, const NAME(matrix) * a, const NAME(matrix) * b, int64_t rows,
-                                  int64_t cols, int64_t index, int worker, STORED *to) {
-    const block at = find_expert_block(rows, cols, c->height, index);
-    const REAL *dw = NAME(multiply)(c->kernels, a, b, at, c->offsets[at.expert], c->offsets[at.expert + 1],
-                                    NAME(scratch_of)(c, worker));
-    for (int64_t i = at.row; i < at.row + at.rows; i++, dw += BLOCK_COLS)
-        for (int64_t j = 0; j < at.cols; j++) to[(at.expert * rows + i) * cols + at.col + j] = STORE(dw[j]);
+/* The gradient of a weight, dw(i, j) = sum over the rows r of an expert of left(i, r) right(r, j), and of its bias,
+ * db(i) = sum of left(i, r); left is turned. */
+typedef struct {
+    const OPERAND *left;
+    NAME(rows) right;
+    int64_t rows, cols;
+    STORED *dw, *db; /* [E, rows, cols], [E, rows]; NULL where not asked for */
+} NAME(weight_gradient);
+
+static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_gradient) * w, int64_t index,
+                                        NAME(scratch) * s) {
+    const block at = find_expert_block(w->rows, w->cols, index);
+    const int64_t begin = c->offsets[at.expert], end = c->offsets[at.expert + 1];
+    const int64_t stride = NAME(turned_stride)(c->R, c->E), first = at.expert * w->rows + at.row;
+    const OPERAND *left = w->left + at.row * stride + c->turned[at.expert];
+    for (int64_t i = 0; w->db && at.col == 0 && i < at.rows; i++)
+        w->db[first + i] = STORE(NAME(sum)(end - begin, left + i * stride));
+    if (!w->dw) return;
+    if (begin == end) memset(s->c, 0, sizeof s->c);
+    for (int64_t from = begin; from < end; from += BLOCK_DEPTH) {
+        const int64_t depth = least(BLOCK_DEPTH, end - from);
+        NAME(pack_rows)(&w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), s->b);
+        NAME(multiply_packed)(c->kernels, at.rows, at.cols, NAME(packed_depth)(depth), left + from - begin, stride,
+                              s->b, s->c, from > begin);
+    }
+    for (int64_t i = 0; i < at.rows; i++) {
+        STORED *row = w->dw + (first + i) * w->cols + at.col;
+        for (int64_t j = 0; j < at.cols; j++) row[j] = STORE(s->c[i * BLOCK_COLS + j]);
+    }
 }
 
 static mmbal_status NAME(dw1_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
-    const NAME(matrix) du = {.data = c->dhidden, .stride = c->F, .rows_contiguous = 1};
-    const NAME(matrix) x = {.data = c->x, .stride = c->D, .rows_contiguous = 1, .token = c->permutation, .K = c->K};
-    for (int64_t index = begin; index < end; index++)
-        NAME(weight_gradient)(c, &du, &x, c->F, c->D, index, worker, c->dw1);
+    const NAME(weight_gradient) w = {.left = c->dhidden_turned,
+                                     .right = {c->input, NAME(row_stride)(c->D)},
+                                     .rows = c->F,
+                                     .cols = c->D,
+                                     .dw = c->dw1,
+                                     .db = c->db1};
+    for (int64_t index = begin; index < end; index++) NAME(weight_gradient_block)(c, &w, index, c->scratch + worker);
     return MMBAL_OK;
 }
 
 static mmbal_status NAME(dw2_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
-    NAME(matrix) g = NAME(output_gradient)(c);
-    g.rows_contiguous = 1;
-    const NAME(matrix) hidden = {.data = c->hidden, .stride = c->F, .rows_contiguous = 1};
-    for (int64_t index = begin; index < end; index++)
-        NAME(weight_gradient)(c, &g, &hidden, c->D, c->F, index, worker, c->dw2);
-    return MMBAL_OK;
-}
-
-/* to[e] = sum of factor[pair] m(r) over the rows r of expert e, [cols]; factor NULL: 1 */
-static void NAME(bias_gradient)(const NAME(call) * c, const NAME(matrix) * m, const REAL *factor, int64_t cols,
-                                int64_t index, STORED *to) {
-    REAL sum[BLOCK_COLS] = {0};
-    const block at = find_expert_block(1, cols, 1, index);
-    for (int64_t r = c->offsets[at.expert]; r < c->offsets[at.expert + 1]; r++) {
-        const STORED *row = NAME(line)(m, r) + at.col;
-        const REAL weight = factor ? factor[c->permutation[r]] : 1;
-        for (int64_t j = 0; j < at.cols; j++) sum[j] += weight * LOAD(row[j]);
-    }
-    for (int64_t j = 0; j < at.cols; j++) to[at.expert * cols + at.col + j] = STORE(sum[j]);
-}
-
-static mmbal_status NAME(db1_task)(void *context, int worker, int64_t begin, int64_t end) {
-    (void)worker;
-    const NAME(call) *c = context;
-    const NAME(matrix) du = {.data = c->dhidden, .stride = c->F};
-    for (int64_t index = begin; index < end; index++) NAME(bias_gradient)(c, &du, NULL, c->F, index, c->db1);
-    return MMBAL_OK;
-}
-
-static mmbal_status NAME(db2_task)(void *context, int worker, int64_t begin, int64_t end) {
-    (void)worker;
-    const NAME(call) *c = context;
-    const NAME(matrix) g = NAME(output_gradient)(c);
-    for (int64_t index = begin; index < end; index++) NAME(bias_gradient)(c, &g, c->weights, c->D, index, c->db2);
+    const NAME(weight_gradient) w = {.left = c->g_turned,
+                                     .right = {c->hidden, NAME(row_stride)(c->F)},
+                                     .rows = c->D,
+                                     .cols = c->F,
+                                     .dw = c->dw2,
+                                     .db = c->db2};
+    for (int64_t index = begin; index < end; index++) NAME(weight_gradient_block)(c, &w, index, c->scratch + worker);
     return MMBAL_OK;
 }
 
@@ -170,37 +208,25 @@ static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs
                                    mmbal_expert_mlp_shape shape, const mmbal_expert_mlp_options *options,
                                    const mmbal_expert_mlp_gradients *gradients, void *workspace,
                                    const mmbal_pool *pool) {
-    NAME(call) c = NAME(begin_call)(inputs, shape, options);
+    NAME(call) c = NAME(begin_call)(inputs, shape, options, pool->workers);
     arena from = {(uintptr_t)workspace};
     NAME(backward_workspace)(&c, pool->workers, &from);
     c.dy = dy, c.preactivation = preactivation, c.dx = gradients->dx, c.dweights = gradients->dweights;
     c.dw1 = gradients->dw1, c.db1 = gradients->db1, c.dw2 = gradients->dw2, c.db2 = gradients->db2;
 
+    c.turned[0] = 0;
+    for (int64_t e = 1; e < c.E; e++)
+        c.turned[e] = c.turned[e - 1] + NAME(whole_lines)(c.offsets[e] - c.offsets[e - 1]);
+
     const int hidden_needed = c.dx || c.dw1 || c.db1 || c.dw2 || c.dweights;
-    const int64_t token_tasks = c.N, row_tasks = c.R, across_F = NAME(blocks_across)(&c);
-    const int64_t hidden_blocks = count_row_blocks(c.offsets, c.E, c.height, c.F);
-    const int64_t input_blocks = count_row_blocks(c.offsets, c.E, c.height, c.D);
-    const int64_t dw1_blocks = c.E * ceil_div(c.F, c.height) * ceil_div(c.D, BLOCK_COLS);
-    const int64_t dw2_blocks = c.E * ceil_div(c.D, c.height) * across_F;
-    const struct {
-        int needed;
-        int64_t count, grain;
-        mmbal_task *task;
-    } passes[] = {
-        {c.output_dropout.probability > 0, row_tasks, ROWS_PER_TASK, NAME(output_mask_task)},
-        {hidden_needed, hidden_blocks, 1, NAME(hidden_gradient_task)},
-        {c.dweights != NULL, row_tasks, ROWS_PER_TASK, NAME(dweights_task)},
-        {c.dx != NULL, input_blocks, 1, NAME(input_gradient_task)},
-        {c.dx != NULL, token_tasks, ROWS_PER_TASK, NAME(combine_dx_task)},
-        {c.dw1 != NULL, dw1_blocks, 1, NAME(dw1_task)},
-        {c.db1 != NULL, c.E * across_F, 1, NAME(db1_task)},
-        {c.dw2 != NULL, dw2_blocks, 1, NAME(dw2_task)},
-        {c.db2 != NULL, c.E * ceil_div(c.D, BLOCK_COLS), 1, NAME(db2_task)},
+    const pass passes[] = {
+        {1, NAME(gather_blocks)(&c), 1, NAME(gather_gradient_task)},
+        {hidden_needed, NAME(row_blocks)(&c, c.F), 1, NAME(hidden_gradient_task)},
+        {c.dweights != NULL, c.R, ROWS_PER_TASK, NAME(dweights_task)},
+        {c.dx != NULL, NAME(row_blocks)(&c, c.D), 1, NAME(input_gradient_task)},
+        {c.dx != NULL, c.N, ROWS_PER_TASK, NAME(combine_dx_task)},
+        {c.dw1 || c.db1, count_expert_blocks(c.E, c.F, c.D), 1, NAME(dw1_task)},
+        {c.dw2 || c.db2, count_expert_blocks(c.E, c.D, c.F), 1, NAME(dw2_task)},
     };
-    for (size_t i = 0; i < sizeof passes / sizeof passes[0]; i++) {
-        if (!passes[i].needed) continue;
-        const mmbal_status status = pool->run(pool->self, passes[i].count, passes[i].grain, passes[i].task, &c);
-        if (status != MMBAL_OK) return status;
-    }
-    return MMBAL_OK;
+    return run_passes(passes, sizeof passes / sizeof passes[0], &c, pool);
 }

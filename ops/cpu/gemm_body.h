@@ -1,60 +1,54 @@
-/* One block of a product A B^T, packed and multiplied by tiles; see each_dtype.h and docs/kernels.md. */
+/* One block of a product A B, for one dtype; see each_dtype.h and docs/kernels.md. A is read where it lies, row by row;
+ * B is packed into panels on the way. */
 
-/* A matrix [rows, depth] in memory. With token set, the routed dimension (rows, or depth when the rows are contiguous)
- * is gathered: its index r stands for token[r] / K. */
+/* Rows between passes are OPERANDs. They begin on a cache line, end in zeros up to one, and are an odd number of lines
+ * apart: so the rows of a tile never meet in one set of the cache, whatever the width is. */
+enum { NAME(LINE) = CACHE_LINE / sizeof(OPERAND) };
+
+static inline int64_t NAME(whole_lines)(int64_t width) { return ceil_div(width, NAME(LINE)) * NAME(LINE); }
+static inline int64_t NAME(row_stride)(int64_t width) { return (ceil_div(width, NAME(LINE)) | 1) * NAME(LINE); }
+
+typedef struct {
+    const OPERAND *data;
+    int64_t stride;
+} NAME(rows);
+
+/* The weights of an expert as the right factor: B(d, j) at data + j stride + d when they lie transposed (one row of
+ * memory is one column of B), else at data + d stride + j. */
 typedef struct {
     const STORED *data;
-    int64_t stride;      /* between rows, or between depths when the rows are contiguous */
-    int rows_contiguous; /* 0: element (i, d) at i stride + d; 1: at d stride + i */
-    const int64_t *token;
-    int64_t K;
-} NAME(matrix);
+    int64_t stride;
+    int transposed;
+} NAME(weights);
 
-static const STORED *NAME(line)(const NAME(matrix) * m, int64_t index) {
-    return m->data + (m->token ? m->token[index] / m->K : index) * m->stride;
+/* NAME(pack_weights), NAME(pack_rows), NAME(turn) and NAME(packed_depth) */
+#include PACKING
+
+/* What a worker holds of a block. */
+typedef struct {
+    REAL c[BLOCK_ROWS * BLOCK_COLS];     /* row stride BLOCK_COLS */
+    OPERAND b[BLOCK_DEPTH * BLOCK_COLS]; /* panels */
+} NAME(scratch);
+
+/* c[i, j] (+)= sum over the packed depth of a(i, d) b(d, j), rows x cols; b packed; a's rows outermost, so that a
+ * tile's rows stay in the first-level cache while the panels of b pass by. */
+static void NAME(multiply_packed)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
+                                  const OPERAND *a, int64_t a_stride, const OPERAND *b, REAL *c, int add) {
+    const int tile_rows = kernels->OF_OPERAND(tile_rows), tile_cols = kernels->OF_OPERAND(tile_cols);
+    for (int64_t i = 0; i < rows; i += tile_rows)
+        for (int64_t j = 0; j < cols; j += tile_cols)
+            kernels->OF_OPERAND(tile)((int)least(tile_rows, rows - i), depth, a + i * a_stride, a_stride, b + j * depth,
+                                      c + i * BLOCK_COLS + j, BLOCK_COLS, add);
 }
 
-/* packed[panel][d][i] = m(row + panel panel_rows + i, from + d), zero beyond rows */
-static void NAME(pack)(const NAME(matrix) * m, int64_t row, int64_t rows, int64_t from, int64_t depth, int panel_rows,
-                       REAL *packed) {
-    for (int64_t top = 0; top < rows; top += panel_rows, packed += panel_rows * depth) {
-        const int64_t here = least(panel_rows, rows - top);
-        if (here < panel_rows) memset(packed, 0, sizeof(REAL) * (size_t)(panel_rows * depth));
-        if (m->rows_contiguous) {
-            for (int64_t d = 0; d < depth; d++) {
-                const STORED *source = NAME(line)(m, from + d) + row + top;
-                for (int64_t i = 0; i < here; i++) packed[d * panel_rows + i] = LOAD(source[i]);
-            }
-        } else {
-            for (int64_t i = 0; i < here; i++) {
-                const STORED *source = NAME(line)(m, row + top + i) + from;
-                for (int64_t d = 0; d < depth; d++) packed[d * panel_rows + i] = LOAD(source[d]);
-            }
-        }
+/* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order */
+static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weights) b, block place, int64_t depth,
+                           NAME(scratch) * s) {
+    for (int64_t from = 0; from < depth; from += BLOCK_DEPTH) {
+        const int64_t deep = least(BLOCK_DEPTH, depth - from);
+        const OPERAND *rows = a.data + place.row * a.stride + from;
+        NAME(pack_weights)(&b, from, deep, place.col, place.cols, kernels->OF_OPERAND(tile_cols), s->b);
+        NAME(multiply_packed)(kernels, place.rows, place.cols, NAME(packed_depth)(deep), rows, a.stride, s->b, s->c,
+                              from > 0);
     }
-}
-
-enum {
-    NAME(PACKED_A) = BLOCK_ROWS * BLOCK_DEPTH,
-    NAME(PACKED_B) = BLOCK_COLS * BLOCK_DEPTH,
-    NAME(SCRATCH) = NAME(PACKED_A) + NAME(PACKED_B) + BLOCK_ROWS * BLOCK_COLS /* of REAL, for each worker */
-};
-
-/* Returns C[i, j] = sum over d in [from, to) of a(place.row + i, d) b(place.col + j, d), row stride BLOCK_COLS, in
- * scratch. The sum runs in the order of d in any case. */
-static REAL *NAME(multiply)(const mmbal_kernels *kernels, const NAME(matrix) * a, const NAME(matrix) * b, block place,
-                            int64_t from, int64_t to, REAL *scratch) {
-    const int tile_rows = kernels->OF_REAL(tile_rows), tile_cols = kernels->OF_REAL(tile_cols);
-    REAL *packed_a = scratch, *packed_b = packed_a + NAME(PACKED_A), *c = packed_b + NAME(PACKED_B);
-    memset(c, 0, sizeof(REAL) * BLOCK_ROWS * BLOCK_COLS);
-    for (; from < to; from += BLOCK_DEPTH) {
-        const int64_t depth = least(BLOCK_DEPTH, to - from);
-        NAME(pack)(a, place.row, place.rows, from, depth, tile_rows, packed_a);
-        NAME(pack)(b, place.col, place.cols, from, depth, tile_cols, packed_b);
-        for (int64_t j = 0; j < place.cols; j += tile_cols)
-            for (int64_t i = 0; i < place.rows; i += tile_rows)
-                kernels->OF_REAL(tile)(depth, packed_a + i * depth, packed_b + j * depth, c + i * BLOCK_COLS + j,
-                                       BLOCK_COLS);
-    }
-    return c;
 }

@@ -11,6 +11,12 @@ const mmbal_kernels *mmbal_kernels_of(int isa) {
     case MMBAL_ISA_AVX2: return &mmbal_kernels_avx2;
     case MMBAL_ISA_AVX512: return &mmbal_kernels_avx512;
 #endif
+#ifdef MMBAL_HAS_AVX512_BF16
+    case MMBAL_ISA_AVX512_BF16: return &mmbal_kernels_avx512_bf16;
+#endif
+#ifdef MMBAL_HAS_AMX
+    case MMBAL_ISA_AMX: return &mmbal_kernels_amx;
+#endif
     default: return NULL;
     }
 }

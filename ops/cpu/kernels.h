@@ -7,24 +7,35 @@
 
 #include <stdint.h>
 
+#include "bfloat16.h"
 #include "mmbal/expert_mlp.h"
 
-/* c[i, j] += sum_d a[d, i] b[d, j] for a whole tile of tile_rows x tile_cols; row i of c starts at c + i c_stride.
- *   a [depth, tile_rows], b [depth, tile_cols]: packed panels, zero where the matrix ends. Alignment: that of the type.
- * The sum runs in the order of d, so equal panels give equal bits wherever they lie. */
-typedef void mmbal_tile_f32(int64_t depth, const float *a, const float *b, float *c, int64_t c_stride);
-typedef void mmbal_tile_f64(int64_t depth, const double *a, const double *b, double *c, int64_t c_stride);
+/* One tile of a product, 1 <= rows <= tile_rows, 0 <= j < tile_cols:
+ *     c[i, j] = sum_d a[i, d] b[d, j], added to what c holds where add is not 0
+ *   a: row i starts at a + i a_stride and is contiguous in d; b: a packed panel [depth, tile_cols], zero where the
+ *   matrix ends; c: row i starts at c + i c_stride. Alignment: that of the type.
+ * The sum runs in the order of d, so equal rows and panels give equal bits wherever they lie. */
+typedef void mmbal_tile_f32(int rows, int64_t depth, const float *a, int64_t a_stride, const float *b, float *c,
+                            int64_t c_stride, int add);
+typedef void mmbal_tile_f64(int rows, int64_t depth, const double *a, int64_t a_stride, const double *b, double *c,
+                            int64_t c_stride, int add);
+/* The same with pairs of bfloat16: depth is even, b [depth / 2, tile_cols, 2]. Sums are float32; how a pair is added
+ * and rounded is the instruction's. */
+typedef void mmbal_tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b, float *c,
+                             int64_t c_stride, int add);
 
 /* value[i] = activation(u[i]) and, where slope is not NULL, slope[i] = activation'(u[i]).
- * u may be value. float32, |u| <= 100: value within 2.5 2^-24 |u|, slope within 35 2^-24 (measured over a dense grid by
+ * u may be value. float32, |u| <= 100: value within 3 2^-24 |u|, slope within 35 2^-24 (measured over a dense grid by
  * tests/core/test_kernels.cc). At -inf the sigmoid and Gauss activations give NaN, as torch does. */
 typedef void mmbal_activate_f32(mmbal_activation activation, int64_t n, const float *u, float *value, float *slope);
 typedef void mmbal_activate_f64(mmbal_activation activation, int64_t n, const double *u, double *value, double *slope);
 
 typedef struct mmbal_kernels {
     int tile_rows_f32, tile_cols_f32, tile_rows_f64, tile_cols_f64;
+    int tile_rows_bf16, tile_cols_bf16;
     mmbal_tile_f32 *tile_f32;
     mmbal_tile_f64 *tile_f64;
+    mmbal_tile_bf16 *tile_bf16; /* NULL where bfloat16 is multiplied as float32 */
     mmbal_activate_f32 *activate_f32;
     mmbal_activate_f64 *activate_f64;
 } mmbal_kernels;
@@ -33,6 +44,7 @@ typedef struct mmbal_kernels {
 const mmbal_kernels *mmbal_kernels_of(int isa);
 const mmbal_kernels *mmbal_kernels_in_use(void);
 
-extern const mmbal_kernels mmbal_kernels_portable, mmbal_kernels_avx2, mmbal_kernels_avx512;
+extern const mmbal_kernels mmbal_kernels_portable, mmbal_kernels_avx2, mmbal_kernels_avx512, mmbal_kernels_avx512_bf16,
+    mmbal_kernels_amx;
 
 #endif

@@ -14,12 +14,15 @@ constexpr mmbal_activation ACTIVATIONS[] = {MMBAL_QUICK_GELU, MMBAL_GELU, MMBAL_
 inline double sigmoid(double z) { return z >= 0 ? 1 / (1 + std::exp(-z)) : std::exp(z) / (1 + std::exp(z)); }
 
 // u sigmoid(gate(u)) is the form of three of them.
+// u times a factor that goes to 0 as exp(-|gate|) for negative u.
 inline bool is_gated(mmbal_activation activation) {
-    return activation == MMBAL_QUICK_GELU || activation == MMBAL_GELU_TANH || activation == MMBAL_SILU;
+    return activation == MMBAL_QUICK_GELU || activation == MMBAL_GELU || activation == MMBAL_GELU_TANH ||
+           activation == MMBAL_SILU;
 }
 
 inline double gate(mmbal_activation activation, double u) {
     if (activation == MMBAL_QUICK_GELU) return 1.702 * u;
+    if (activation == MMBAL_GELU) return u * u / 2;
     // (1 + tanh(z)) / 2 = sigmoid(2 z)
     if (activation == MMBAL_GELU_TANH) return 2 * std::sqrt(2 / M_PI) * (u + 0.044715 * u * u * u);
     return u;

@@ -18,6 +18,12 @@
 
 namespace mmbal_test {
 
+// A type of its own, so that it is not taken for a bfloat16.
+struct Half {
+    uint16_t bits;
+    bool operator==(const Half &) const = default;
+};
+
 // Each: how an element is stored, what sums are taken in, and half a unit in the last place of 1 for both.
 struct F32 {
     using Stored = float;
@@ -48,6 +54,29 @@ struct BF16 {
     }
 };
 
+struct F16 {
+    using Stored = Half;
+    using Real = float;
+    static constexpr mmbal_dtype dtype = MMBAL_F16;
+    static constexpr double stored_error = 0x1p-11, real_error = 0x1p-24;
+    static double load(Stored s) {
+        const int exponent = (s.bits >> 10) & 31, fraction = s.bits & 1023;
+        const double sign = s.bits >> 15 ? -1 : 1;
+        if (exponent == 31) return sign * (fraction ? static_cast<double>(NAN) : static_cast<double>(INFINITY));
+        return sign * std::ldexp(exponent ? 1024 + fraction : fraction, std::max(exponent, 1) - 25);
+    }
+    // Cuts instead of rounding, as above.
+    static Stored store(double value) {
+        const auto sign = static_cast<uint16_t>(std::signbit(value) ? 0x8000 : 0);
+        const double size = std::fabs(value);
+        if (std::isnan(value)) return {0x7E00};
+        if (size >= 65536) return {static_cast<uint16_t>(sign + 0x7C00)};
+        const int exponent = size > 0 ? std::max(std::ilogb(size), -14) : -14;
+        const auto units = static_cast<int>(std::ldexp(size, 10 - exponent)); // 1024 to 2047 where it is normal
+        return {static_cast<uint16_t>(sign + ((exponent + 14) << 10) + units)};
+    }
+};
+
 struct F64 {
     using Stored = double;
     using Real = double;
@@ -57,12 +86,12 @@ struct F64 {
     static Stored store(double value) { return value; }
 };
 
-using Dtypes = ::testing::Types<F32, BF16, F64>;
+using Dtypes = ::testing::Types<F32, BF16, F16, F64>;
 
 struct DtypeNames {
     template <typename T>
     static std::string GetName(int) {
-        return T::dtype == MMBAL_F32 ? "f32" : T::dtype == MMBAL_BF16 ? "bf16" : "f64";
+        return T::dtype == MMBAL_F32 ? "f32" : T::dtype == MMBAL_BF16 ? "bf16" : T::dtype == MMBAL_F16 ? "f16" : "f64";
     }
 };
 
@@ -167,8 +196,9 @@ void expect_near(const char *what, const std::vector<typename T::Stored> &got, c
     ASSERT_EQ(got.size(), expected.size()) << what;
     for (size_t i = 0; i < got.size(); i++) {
         const double error = std::fabs(T::load(got[i]) - expected[i].value);
-        // The smallest normal float32: below it a relative error has no meaning.
-        ASSERT_TRUE(error <= relative * expected[i].magnitude + std::numeric_limits<float>::min())
+        // The smallest normal float32, or the spacing of float16 near 0: below it a relative error has no meaning.
+        const double tiny = T::dtype == MMBAL_F16 ? 0x1p-24 : std::numeric_limits<float>::min();
+        ASSERT_TRUE(error <= relative * expected[i].magnitude + tiny)
             << what << "[" << i << "]: got " << T::load(got[i]) << ", expected " << expected[i].value << " within "
             << relative * expected[i].magnitude;
     }

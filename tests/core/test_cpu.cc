@@ -13,9 +13,13 @@ namespace {
 
 mmbal_isa best_of_this_machine() {
     const unsigned features = mmbal_cpu_features();
-    return features & MMBAL_CPU_AVX512     ? MMBAL_ISA_AVX512
-           : features & MMBAL_CPU_AVX2_FMA ? MMBAL_ISA_AVX2
-                                           : MMBAL_ISA_PORTABLE;
+    mmbal_isa best = features & MMBAL_CPU_AMX_BF16      ? MMBAL_ISA_AMX
+                     : features & MMBAL_CPU_AVX512_BF16 ? MMBAL_ISA_AVX512_BF16
+                     : features & MMBAL_CPU_AVX512      ? MMBAL_ISA_AVX512
+                     : features & MMBAL_CPU_AVX2_FMA    ? MMBAL_ISA_AVX2
+                                                        : MMBAL_ISA_PORTABLE;
+    while (!mmbal_kernels_of(best)) best = static_cast<mmbal_isa>(best - 1);
+    return best;
 }
 
 // The choice is made once in a process: each of these is made in a new one.
@@ -40,7 +44,7 @@ protected:
 };
 
 TEST(Cpu, EveryIsaNameGivesTheIsaBack) {
-    for (mmbal_isa isa : {MMBAL_ISA_PORTABLE, MMBAL_ISA_AVX2, MMBAL_ISA_AVX512, MMBAL_ISA_AMX}) {
+    for (mmbal_isa isa : {MMBAL_ISA_PORTABLE, MMBAL_ISA_AVX2, MMBAL_ISA_AVX512, MMBAL_ISA_AVX512_BF16, MMBAL_ISA_AMX}) {
         mmbal_isa found = isa == MMBAL_ISA_PORTABLE ? MMBAL_ISA_AMX : MMBAL_ISA_PORTABLE;
         EXPECT_EQ(mmbal_isa_from_name(mmbal_isa_name(isa), &found), 1);
         EXPECT_EQ(found, isa);
@@ -51,6 +55,7 @@ TEST(Cpu, IsaNamesAreThoseOfTheHeader) {
     EXPECT_STREQ(mmbal_isa_name(MMBAL_ISA_PORTABLE), "portable");
     EXPECT_STREQ(mmbal_isa_name(MMBAL_ISA_AVX2), "avx2");
     EXPECT_STREQ(mmbal_isa_name(MMBAL_ISA_AVX512), "avx512");
+    EXPECT_STREQ(mmbal_isa_name(MMBAL_ISA_AVX512_BF16), "avx512_bf16");
     EXPECT_STREQ(mmbal_isa_name(MMBAL_ISA_AMX), "amx");
 }
 
@@ -83,6 +88,7 @@ TEST_F(IsaChoice, IsCappedByTheVariable) {
     expect_choice("portable", MMBAL_ISA_PORTABLE);
     expect_choice("avx2", std::min(MMBAL_ISA_AVX2, best_of_this_machine()));
     expect_choice("avx512", std::min(MMBAL_ISA_AVX512, best_of_this_machine()));
+    expect_choice("avx512_bf16", std::min(MMBAL_ISA_AVX512_BF16, best_of_this_machine()));
 }
 
 TEST_F(IsaChoice, AskingForMoreThanThereIsGivesTheBestThereIs) { expect_choice("amx", best_of_this_machine()); }

@@ -432,7 +432,7 @@ TEST(ExpertMlpStatus, UnknownDtypeIsUnsupportedAndNeedsNoWorkspace) {
     const mmbal_expert_mlp_options options = p.spec.options();
     const mmbal_pool pool = mmbal_pool_serial();
     const mmbal_expert_mlp_gradients none = {};
-    for (int value : {3, -1, 99}) {
+    for (int value : {4, -1, 99}) {
         const auto dtype = enum_of<mmbal_dtype>(value);
         Guarded<double> y(6);
         EXPECT_EQ(mmbal_expert_mlp_workspace(dtype, p.spec.shape(), 1), 0);

@@ -359,7 +359,7 @@ TEST(RouterLossStatus, UnknownDtypeIsUnsupported) {
     const double logits[4] = {}, one = 1;
     const int64_t indices[2] = {};
     double out[4] = {7, 7, 7, 7}, workspace[64];
-    for (int value : {3, -1, 99}) {
+    for (int value : {4, -1, 99}) {
         const auto dtype = enum_of<mmbal_dtype>(value);
         EXPECT_EQ(mmbal_load_balance_loss(dtype, logits, indices, nullptr, 2, 2, 1, MMBAL_BALANCE_SWITCH, out,
                                           workspace, &pool),

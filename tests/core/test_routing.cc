@@ -400,7 +400,7 @@ TEST(TopkStatus, UnknownDtypeIsUnsupported) {
     const double logits[2] = {0, 1}, weights[1] = {1};
     double out[2] = {7, 7};
     int64_t indices[1] = {0};
-    for (int value : {3, -1, 99}) {
+    for (int value : {4, -1, 99}) {
         const auto dtype = enum_of<mmbal_dtype>(value);
         EXPECT_EQ(mmbal_moe_topk(dtype, logits, nullptr, 1, 2, 1, 1, out, indices, &pool), MMBAL_UNSUPPORTED);
         EXPECT_EQ(mmbal_moe_topk_backward(dtype, weights, logits, weights, indices, 1, 2, 1, 1, out, &pool),

@@ -63,7 +63,7 @@ def test_the_mask_is_the_one_that_philox_gives_each_element(N, K, width, seed, o
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu_tanh"])
 @pytest.mark.parametrize(("p", "q"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_gradients_equal_a_loop_with_the_same_masks(dtype, p, q, activation):
     case = oracles.mlp_case(N=31, D=9, F=22, dtype=dtype).requiring_grad()
     exact = case.in_double().requiring_grad()

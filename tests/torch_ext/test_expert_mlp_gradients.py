@@ -9,7 +9,7 @@ import mmbal  # noqa: F401  (loads the operators)
 import oracles
 
 expert_mlp, moe_topk, moe_dispatch = (getattr(torch.ops.mmbal, n) for n in ("expert_mlp", "moe_topk", "moe_dispatch"))
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def gradients(case, function, grad_y):

@@ -57,6 +57,14 @@ def test_info_says_which_instruction_set_is_in_use_and_that_it_can_be_capped(inf
     assert re.search(r"(?i)\bportable\b", info_of_less)
 
 
+def test_info_says_whether_bfloat16_is_multiplied_or_converted(info, info_of_less):
+    (mine,), (less,) = (
+        [line for line in text.splitlines() if line.startswith("bfloat16")] for text in (info, info_of_less)
+    )
+    assert ("in pairs" in mine) == (mmbal._core.isa_in_use() in ("avx512_bf16", "amx"))
+    assert "converted to float32" in less
+
+
 def test_info_prints_the_cpu_features_of_this_machine(info):
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():

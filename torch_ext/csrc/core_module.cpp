@@ -41,7 +41,10 @@ PYBIND11_MODULE(_core, m) {
     m.def("cpu_features", &cpu_features, "Names of the instruction sets found that kernels may use.");
     m.def(
         "isa_in_use", [] { return std::string(mmbal_isa_name(mmbal_isa_in_use())); },
-        "The instruction set whose kernels run: portable, avx2 or avx512. MMBAL_ISA caps it.");
+        "The instruction set whose kernels run: portable, avx2, avx512, avx512_bf16 or amx. MMBAL_ISA caps it.");
+    m.def(
+        "multiplies_bfloat16", [] { return mmbal_isa_in_use() >= MMBAL_ISA_AVX512_BF16; },
+        "Whether those kernels have products of bfloat16; otherwise it is converted to float32.");
     m.def("is_isa_name", &is_isa_name, py::arg("name"), "Whether name is a value that MMBAL_ISA may have.");
     m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
           "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");

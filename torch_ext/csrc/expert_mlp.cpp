@@ -90,12 +90,13 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
     Tensor y = torch::stable::new_empty(call.x, {N, D});
     Tensor preactivation =
         keep_preactivation ? torch::stable::new_empty(call.x, {N * K, F}) : torch::stable::new_empty(call.x, {0, F});
+    if (keep_preactivation) ask_for_large_pages(preactivation);
     TorchPool pool;
-    Tensor workspace = new_workspace(call.x, mmbal_expert_mlp_workspace(call.dtype, call.shape, pool.workers()));
+    const Workspace workspace(call.x, mmbal_expert_mlp_workspace(call.dtype, call.shape, pool.workers()));
     const mmbal_expert_mlp_inputs inputs = call.inputs();
     call.check_result(mmbal_expert_mlp(call.dtype, &inputs, call.shape, &call.options, y.mutable_data_ptr(),
                                        keep_preactivation ? preactivation.mutable_data_ptr() : nullptr,
-                                       workspace.mutable_data_ptr(), pool.get()));
+                                       workspace.data(), pool.get()));
     return {y, preactivation};
 }
 
@@ -125,16 +126,16 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
         const Tensor &like = i == 5 ? call.weights : call.x;
         const std::vector<int64_t> none = {0};
         gradients.push_back(torch::stable::new_empty(like, needed[i] ? sizes[i] : none));
+        ask_for_large_pages(gradients[i]);
         data.push_back(needed[i] ? gradients[i].mutable_data_ptr() : nullptr);
     }
     TorchPool pool;
-    Tensor workspace =
-        new_workspace(call.x, mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, pool.workers()));
+    const Workspace workspace(call.x, mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, pool.workers()));
     const mmbal_expert_mlp_inputs inputs = call.inputs();
     const mmbal_expert_mlp_gradients outputs = {data[0], data[1], data[2], data[3], data[4], data[5]};
     call.check_result(mmbal_expert_mlp_backward(call.dtype, dy.const_data_ptr(), &inputs,
                                                 preactivation.const_data_ptr(), call.shape, &call.options, &outputs,
-                                                workspace.mutable_data_ptr(), pool.get()));
+                                                workspace.data(), pool.get()));
     return {gradients[0], gradients[1], gradients[2], gradients[3], gradients[4], gradients[5]};
 }
 

@@ -56,11 +56,11 @@ Tensor load_balance_loss(Tensor logits, Tensor indices, std::optional<Tensor> to
     indices = check_indices(op, indices, in.N);
     const mmbal_balance balance = check_normalize(op, normalize);
     Tensor loss = torch::stable::new_empty(in.logits, {}, real_type(in.dtype));
-    Tensor workspace = new_workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
+    const Workspace workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
     TorchPool pool;
     check_balance(mmbal_load_balance_loss(in.dtype, in.logits.const_data_ptr(), index_data(indices), in.mask_data(),
                                           in.N, in.E, indices.size(1), balance, loss.mutable_data_ptr(),
-                                          workspace.mutable_data_ptr(), pool.get()),
+                                          workspace.data(), pool.get()),
                   op, in.E);
     return loss;
 }
@@ -73,12 +73,11 @@ Tensor load_balance_loss_backward(Tensor dloss, Tensor logits, Tensor indices, s
     const mmbal_balance balance = check_normalize(op, normalize);
     check_loss_gradient(op, dloss, in.dtype);
     Tensor dlogits = torch::stable::new_empty(in.logits, {in.N, in.E});
-    Tensor workspace = new_workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
+    const Workspace workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
     TorchPool pool;
     check_balance(mmbal_load_balance_loss_backward(in.dtype, dloss.const_data_ptr(), in.logits.const_data_ptr(),
                                                    index_data(indices), in.mask_data(), in.N, in.E, indices.size(1),
-                                                   balance, dlogits.mutable_data_ptr(), workspace.mutable_data_ptr(),
-                                                   pool.get()),
+                                                   balance, dlogits.mutable_data_ptr(), workspace.data(), pool.get()),
                   op, in.E);
     return dlogits;
 }
@@ -87,10 +86,10 @@ Tensor router_z_loss(Tensor logits, std::optional<Tensor> token_mask) {
     const char *op = "router_z_loss";
     const LossInputs in = check_inputs(op, logits, token_mask);
     Tensor loss = torch::stable::new_empty(in.logits, {}, real_type(in.dtype));
-    Tensor workspace = new_workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
+    const Workspace workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
     TorchPool pool;
     check(mmbal_router_z_loss(in.dtype, in.logits.const_data_ptr(), in.mask_data(), in.N, in.E, loss.mutable_data_ptr(),
-                              workspace.mutable_data_ptr(), pool.get()),
+                              workspace.data(), pool.get()),
           op);
     return loss;
 }

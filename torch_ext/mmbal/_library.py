@@ -10,7 +10,7 @@ from mmbal import _core
 _LIBRARY = Path(_core.__file__).with_name("libmmbal_torch.so")
 
 if (_isa := os.environ.get("MMBAL_ISA")) is not None and not _core.is_isa_name(_isa):
-    raise ValueError(f"MMBAL_ISA must be portable, avx2, avx512 or amx, got {_isa!r}")
+    raise ValueError(f"MMBAL_ISA must be portable, avx2, avx512, avx512_bf16 or amx, got {_isa!r}")
 
 torch.ops.load_library(str(_LIBRARY))
 

@@ -59,7 +59,10 @@ def info():
         "python": platform.python_version(),
         "CPU features": ", ".join(_core.cpu_features()) or "none that matter here",
         "kernels in use": _core.isa_in_use() + (f" (MMBAL_ISA={cap})" if cap else ""),
-        "bfloat16": "converted to float32 while packing: no kernels for bfloat16 instructions yet",
+        "bfloat16": "multiplied in pairs by the kernels in use"
+        if _core.multiplies_bfloat16()
+        else "converted to float32 while packing: no bfloat16 instructions in use, so no faster than float32",
+        "float16": "converted to float32 while packing, no faster than float32",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}, torch's own pool",
         "CUDA library": _cuda_library(),
         "operators": "\n".join(_operators()),

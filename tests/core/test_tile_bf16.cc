@@ -1,0 +1,89 @@
+// Tiles of bfloat16 pairs: those that this machine can run, and AMX's against a model of its registers.
+#include "amx_model.h"
+#include "helpers.h"
+#include "mmbal/cpu.h"
+
+extern "C" {
+#include "bfloat16.h"
+#include "blocks.h"
+#include "kernels.h"
+}
+
+namespace {
+
+#include "tile_amx.h"
+
+using mmbal_test::BF16;
+using mmbal_test::Random;
+using mmbal_test::same_bits;
+
+struct Tile {
+    int rows, cols;
+    mmbal_tile_bf16 *run;
+    std::string name;
+};
+
+// What this machine can run, and the model.
+std::vector<Tile> tiles() {
+    std::vector<Tile> found = {{TILE_ROWS_BF16, TILE_COLS_BF16, tile_bf16, "amx_model"}};
+    for (int isa = MMBAL_ISA_PORTABLE; isa <= MMBAL_ISA_AMX; isa++) {
+        const mmbal_kernels *table = mmbal_kernels_of(isa);
+        const unsigned needed = isa == MMBAL_ISA_AMX ? MMBAL_CPU_AMX_BF16 : MMBAL_CPU_AVX512_BF16;
+        if (table && table->tile_bf16 && mmbal_cpu_features() & needed)
+            found.push_back({table->tile_rows_bf16, table->tile_cols_bf16, table->tile_bf16,
+                             mmbal_isa_name(static_cast<mmbal_isa>(isa))});
+    }
+    return found;
+}
+
+class TileBf16 : public ::testing::TestWithParam<Tile> {};
+
+TEST_P(TileBf16, IsThePlainLoopForEveryNumberOfRowsAndDepth) {
+    const auto &[most_rows, cols, run, name] = GetParam();
+    for (int rows = 1; rows <= most_rows; rows++) {
+        for (int64_t depth : {0, 2, 4, 30, 32, 34, 62, 64, 66, 256}) {
+            for (int add : {0, 1}) {
+                Random random(1000 * rows + depth);
+                const int64_t a_stride = depth + 6, stride = cols + 3;
+                const auto a = random.tensor<BF16>((rows - 1) * a_stride + depth, 1);
+                const auto b = random.tensor<BF16>(depth * cols, 1);
+                std::vector<float> before((rows - 1) * stride + cols);
+                for (auto &value : before) value = static_cast<float>(random.uniform(-1, 1));
+                auto c = before;
+                run(rows, depth, a.data(), a_stride, b.data(), c.data(), stride, add);
+                if (HasFatalFailure()) return;
+                for (int i = 0; i < rows; i++) {
+                    for (int j = 0; j < (i + 1 < rows ? stride : cols); j++) {
+                        double sum = add || j >= cols ? before[i * stride + j] : 0, magnitude = std::fabs(sum);
+                        for (int64_t d = 0; d < depth && j < cols; d++) {
+                            const double term =
+                                BF16::load(a[i * a_stride + d]) * BF16::load(b[d / 2 * 2 * cols + 2 * j + d % 2]);
+                            sum += term, magnitude += std::fabs(term);
+                        }
+                        const double bound = depth == 0 || j >= cols ? 0 : 2 * (depth + 2) * 0x1p-24 * magnitude;
+                        ASSERT_LE(std::fabs(c[i * stride + j] - sum), bound)
+                            << rows << " rows, depth " << depth << " at " << i << ", " << j;
+                    }
+                }
+            }
+        }
+    }
+}
+
+TEST_P(TileBf16, RowsDoNotDependOnTheRowsBesideThem) {
+    const auto &[most_rows, cols, run, name] = GetParam();
+    Random random(5);
+    const auto row = random.tensor<BF16>(70, 1), b = random.tensor<BF16>(70 * cols, 1);
+    std::vector<float> alone(cols);
+    run(1, 70, row.data(), 70, b.data(), alone.data(), cols, 0);
+    for (int rows = 1; rows <= most_rows; rows++) {
+        std::vector<float> c(rows * cols);
+        run(rows, 70, row.data(), 0, b.data(), c.data(), cols, 0);
+        for (int i = 0; i < rows; i++)
+            ASSERT_TRUE(same_bits(alone, {c.begin() + i * cols, c.begin() + (i + 1) * cols})) << i << " of " << rows;
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, TileBf16, ::testing::ValuesIn(tiles()), [](const auto &of) { return of.param.name; });
+
+} // namespace

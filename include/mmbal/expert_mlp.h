@@ -61,9 +61,12 @@ typedef struct mmbal_expert_mlp_inputs {
     const int64_t *inverse;     /* [N, K] */
 } mmbal_expert_mlp_inputs;
 
-/* Bytes of workspace of the forward and of the backward; any alignment will do. */
-int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers);
-int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers);
+/* Bytes of workspace of the forward and of the backward with these offsets [E + 1]; any alignment will do. 0 for what
+ * the call itself will refuse. */
+int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
+                                   int workers);
+int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
+                                            int workers);
 
 /* MMBAL_INVALID_INDEX when permutation, offsets and inverse do not belong together. */
 mmbal_status mmbal_expert_mlp(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *inputs, mmbal_expert_mlp_shape shape,

@@ -3,10 +3,6 @@
  *   REAL    what sums are taken in              STORE(r)  REAL to STORED, rounding
  *   NAME(f) f with the dtype's suffix           OF_REAL(f) f with the suffix of REAL
  *   EXP     exp for REAL
- *   OPERAND what factors of products are kept in between passes, OF_OPERAND(f) f with its suffix
- *   TO_OPERAND(r), FROM_OPERAND(o): an operand has the precision of STORED, whatever it lies in
- *   ROUNDED(r) a REAL with the precision of STORED
- *   PACKING the file that packs OPERANDs, TRANSPOSE for its words
  */
 #include <math.h>
 
@@ -20,41 +16,26 @@
 #define STORE(r) (r)
 #define OF_REAL(f) f##_f32
 #define EXP expf
-#define OPERAND float
-#define TO_OPERAND(r) (r)
-#define FROM_OPERAND(o) (o)
-#define ROUNDED(r) (r)
-#define OF_OPERAND(f) f##_f32
-#define PACKING "pack_elements.h"
-#define TRANSPOSE transpose_32
 #include BODY
 #undef STORED
 #undef NAME
 #undef LOAD
 #undef STORE
-#undef TO_OPERAND
-#undef ROUNDED
 
 #define STORED bfloat16
 #define NAME(f) f##_bf16
 #define LOAD(s) float_of_bfloat16(s)
 #define STORE(r) bfloat16_of_float(r)
-#define TO_OPERAND(r) float_of_bfloat16(bfloat16_of_float(r))
-#define ROUNDED(r) float_of_bfloat16(bfloat16_of_float(r))
 #include BODY
 #undef STORED
 #undef NAME
 #undef LOAD
 #undef STORE
-#undef TO_OPERAND
-#undef ROUNDED
 
 #define STORED float16
 #define NAME(f) f##_f16
 #define LOAD(s) float_of_float16(s)
 #define STORE(r) float16_of_float(r)
-#define TO_OPERAND(r) float_of_float16(float16_of_float(r))
-#define ROUNDED(r) float_of_float16(float16_of_float(r))
 #include BODY
 #undef STORED
 #undef REAL
@@ -63,13 +44,6 @@
 #undef STORE
 #undef OF_REAL
 #undef EXP
-#undef OPERAND
-#undef TO_OPERAND
-#undef FROM_OPERAND
-#undef ROUNDED
-#undef OF_OPERAND
-#undef PACKING
-#undef TRANSPOSE
 
 #define STORED double
 #define REAL double
@@ -78,13 +52,6 @@
 #define STORE(r) (r)
 #define OF_REAL(f) f##_f64
 #define EXP exp
-#define OPERAND double
-#define TO_OPERAND(r) (r)
-#define FROM_OPERAND(o) (o)
-#define ROUNDED(r) (r)
-#define OF_OPERAND(f) f##_f64
-#define PACKING "pack_elements.h"
-#define TRANSPOSE transpose_64
 #include BODY
 #undef STORED
 #undef REAL
@@ -93,13 +60,6 @@
 #undef STORE
 #undef OF_REAL
 #undef EXP
-#undef OPERAND
-#undef TO_OPERAND
-#undef FROM_OPERAND
-#undef ROUNDED
-#undef OF_OPERAND
-#undef PACKING
-#undef TRANSPOSE
 
 /* Returns f's version for dtype from the enclosing function. */
 #define RETURN_FOR_DTYPE(dtype, f, ...)                                                                                \

@@ -5,8 +5,10 @@
 #include "arena.h"
 #include "blocks.h"
 #include "dropout.h"
+#include "fetch.h"
 #include "kernels.h"
 #include "mmbal/routing.h"
+#include "stream.h"
 #include "transpose.h"
 
 /* Of passes over rows of D or F elements: some tens of microseconds. */
@@ -34,28 +36,29 @@ static int64_t rows_for_balance(mmbal_expert_mlp_shape s, int workers) {
     return rows;
 }
 
+/* Experts go through the products together as long as their rows are at most this many for each worker (but two
+ * workers' at least): enough blocks to share out, and what lies between the products stays near the caches. */
+enum { WAVE_ROWS_OF_A_WORKER = 512 };
+
+/* One past the last expert of the wave that begins with expert `first`. */
+static int64_t wave_end(const int64_t *offsets, int64_t E, int64_t first, int workers) {
+    const int64_t most = WAVE_ROWS_OF_A_WORKER * (int64_t)(workers < 2 ? 2 : workers);
+    int64_t last = first + 1;
+    while (last < E && offsets[last + 1] - offsets[first] <= most) last++;
+    return last;
+}
+
+static int64_t largest_wave(const int64_t *offsets, int64_t E, int workers) {
+    int64_t largest = 0;
+    for (int64_t first = 0, last; first < E; first = last) {
+        last = wave_end(offsets, E, first, workers);
+        if (offsets[last] - offsets[first] > largest) largest = offsets[last] - offsets[first];
+    }
+    return largest;
+}
+
 #define BODY "expert_mlp_body.h"
-#include "each_dtype.h"
-
-/* bfloat16 once more, for the instruction sets that multiply pairs of it. */
-#define STORED bfloat16
-#define REAL float
-#define NAME(f) f##_bf16_pairs
-#define LOAD(s) float_of_bfloat16(s)
-#define STORE(r) bfloat16_of_float(r)
-#define OF_REAL(f) f##_f32
-#define OPERAND bfloat16
-#define TO_OPERAND(r) bfloat16_of_float(r)
-#define FROM_OPERAND(o) float_of_bfloat16(o)
-#define ROUNDED(r) float_of_bfloat16(bfloat16_of_float(r))
-#define OF_OPERAND(f) f##_bf16
-#define PACKING "pack_pairs.h"
-#define TRANSPOSE transpose_32
-#include BODY
-
-#define RETURN_FOR_KERNELS(dtype, f, ...)                                                                              \
-    if (dtype == MMBAL_BF16 && mmbal_kernels_in_use()->tile_bf16) return f##_bf16_pairs(__VA_ARGS__);                  \
-    RETURN_FOR_DTYPE(dtype, f, __VA_ARGS__)
+#include "each_product.h"
 
 int mmbal_activation_from_name(const char *name, mmbal_activation *activation) {
     static const char *const names[] = {"quick_gelu", "gelu", "gelu_tanh", "relu", "relu2", "silu", "identity"};
@@ -79,22 +82,35 @@ static mmbal_status check_arguments(const mmbal_expert_mlp_inputs *inputs, mmbal
     return mmbal_moe_check_dispatch(inputs->permutation, inputs->offsets, inputs->inverse, shape.N * shape.K, shape.E);
 }
 
-static mmbal_status forward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers, int64_t *bytes) {
-    RETURN_FOR_KERNELS(dtype, forward_bytes, shape, workers, bytes);
+static int offsets_ok(const int64_t *offsets, mmbal_expert_mlp_shape shape) {
+    if (offsets[0] != 0 || offsets[shape.E] != shape.N * shape.K) return 0;
+    for (int64_t e = 0; e < shape.E; e++)
+        if (offsets[e] > offsets[e + 1]) return 0;
+    return 1;
 }
 
-static mmbal_status backward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers, int64_t *bytes) {
-    RETURN_FOR_KERNELS(dtype, backward_bytes, shape, workers, bytes);
+static mmbal_status forward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets, int workers,
+                                  int64_t *bytes) {
+    RETURN_FOR_PRODUCT(dtype, forward_bytes, shape, offsets, workers, bytes);
 }
 
-int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers) {
+static mmbal_status backward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets, int workers,
+                                   int64_t *bytes) {
+    RETURN_FOR_PRODUCT(dtype, backward_bytes, shape, offsets, workers, bytes);
+}
+
+int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
+                                   int workers) {
     int64_t bytes = 0;
-    return forward_bytes(dtype, shape, workers, &bytes) == MMBAL_OK ? bytes : 0;
+    if (!shape_ok(shape) || !offsets_ok(offsets, shape)) return 0;
+    return forward_bytes(dtype, shape, offsets, workers, &bytes) == MMBAL_OK ? bytes : 0;
 }
 
-int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int workers) {
+int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
+                                            int workers) {
     int64_t bytes = 0;
-    return backward_bytes(dtype, shape, workers, &bytes) == MMBAL_OK ? bytes : 0;
+    if (!shape_ok(shape) || !offsets_ok(offsets, shape)) return 0;
+    return backward_bytes(dtype, shape, offsets, workers, &bytes) == MMBAL_OK ? bytes : 0;
 }
 
 mmbal_status mmbal_expert_mlp(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *inputs, mmbal_expert_mlp_shape shape,
@@ -102,7 +118,7 @@ mmbal_status mmbal_expert_mlp(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *
                               const mmbal_pool *pool) {
     const mmbal_status status = check_arguments(inputs, shape, options, pool);
     if (status != MMBAL_OK) return status;
-    RETURN_FOR_KERNELS(dtype, forward, inputs, shape, options, y, preactivation, workspace, pool);
+    RETURN_FOR_PRODUCT(dtype, forward, inputs, shape, options, y, preactivation, workspace, pool);
 }
 
 mmbal_status mmbal_expert_mlp_backward(mmbal_dtype dtype, const void *dy, const mmbal_expert_mlp_inputs *inputs,
@@ -112,5 +128,5 @@ mmbal_status mmbal_expert_mlp_backward(mmbal_dtype dtype, const void *dy, const 
                                        const mmbal_pool *pool) {
     const mmbal_status status = check_arguments(inputs, shape, options, pool);
     if (status != MMBAL_OK) return status;
-    RETURN_FOR_KERNELS(dtype, backward, dy, inputs, preactivation, shape, options, gradients, workspace, pool);
+    RETURN_FOR_PRODUCT(dtype, backward, dy, inputs, preactivation, shape, options, gradients, workspace, pool);
 }

@@ -4,11 +4,11 @@
 static int64_t NAME(parts)(const NAME(call) * c) { return 1 + ceil_div(c->F, BLOCK_COLS); }
 
 static void NAME(backward_workspace)(NAME(call) * c, int workers, arena *from) {
-    c->input = carve(from, NAME(operand_bytes)(c->R, c->D));
-    c->hidden = carve(from, NAME(operand_bytes)(c->R, c->F));
-    c->dhidden = carve(from, NAME(operand_bytes)(c->R, c->F));
-    c->g = carve(from, NAME(operand_bytes)(c->R, c->D));
-    const int64_t turned_bytes = NAME(turned_stride)(c->R, c->E) * (int64_t)sizeof(OPERAND);
+    c->input = carve(from, NAME(operand_bytes)(c->wave_rows, c->D));
+    c->hidden = carve(from, NAME(operand_bytes)(c->wave_rows, c->F));
+    c->dhidden = carve(from, NAME(operand_bytes)(c->wave_rows, c->F));
+    c->g = carve(from, NAME(operand_bytes)(c->wave_rows, c->D));
+    const int64_t turned_bytes = c->turned_stride * (int64_t)sizeof(OPERAND);
     c->dhidden_turned = carve(from, c->F * turned_bytes);
     c->g_turned = carve(from, c->D * turned_bytes);
     c->turned = carve(from, c->E * (int64_t)sizeof(int64_t));
@@ -17,8 +17,10 @@ static void NAME(backward_workspace)(NAME(call) * c, int workers, arena *from) {
     c->scratch = carve(from, workers * (int64_t)sizeof(NAME(scratch)));
 }
 
-static mmbal_status NAME(backward_bytes)(mmbal_expert_mlp_shape s, int workers, int64_t *bytes) {
-    NAME(call) c = {.R = s.N * s.K, .D = s.D, .F = s.F, .E = s.E};
+static mmbal_status NAME(backward_bytes)(mmbal_expert_mlp_shape s, const int64_t *offsets, int workers,
+                                         int64_t *bytes) {
+    NAME(call) c = {.R = s.N * s.K, .D = s.D, .F = s.F, .E = s.E, .wave_rows = largest_wave(offsets, s.E, workers)};
+    c.turned_stride = NAME(turned_stride)(c.wave_rows, s.E);
     arena from = {0};
     NAME(backward_workspace)(&c, workers, &from);
     *bytes = bytes_carved(&from);
@@ -28,20 +30,20 @@ static mmbal_status NAME(backward_bytes)(mmbal_expert_mlp_shape s, int workers, 
 /* input = x and g = dy * mask of row r; the first part of its dweights is <g, b2> */
 static void NAME(gather_gradient_row)(const NAME(call) * c, int64_t expert, int64_t r, REAL *g, REAL *b2) {
     const int64_t pair = c->permutation[r];
+    OPERAND *kept = c->g + (r - c->first_row) * NAME(row_stride)(c->D);
     REAL dot = 0;
     if (c->dw1) NAME(gather_row)(c, c->x, r, c->input);
     for (int64_t from = 0; from < c->D; from += BLOCK_COLS) {
         const int64_t n = least(BLOCK_COLS, c->D - from);
         const STORED *dy = c->dy + pair / c->K * c->D + from;
-        for (int64_t d = 0; d < n; d++) g[d] = LOAD(dy[d]);
+        NAME(widen)(c->kernels, n, dy, g);
         NAME(mask)(&c->output_dropout, pair * c->D + from, n, g);
-        OPERAND *kept = c->g + r * NAME(row_stride)(c->D) + from;
-        for (int64_t d = 0; d < n; d++) kept[d] = TO_OPERAND(g[d]);
+        NAME(to_operands)(c->kernels, n, g, kept + from);
         if (!c->b2 || !c->dweights) continue;
-        for (int64_t d = 0; d < n; d++) b2[d] = LOAD(c->b2[expert * c->D + from + d]);
+        NAME(widen)(c->kernels, n, c->b2 + expert * c->D + from, b2);
         dot += NAME(dot)(n, g, b2);
     }
-    NAME(end_row)(c->g, r, c->D);
+    NAME(end_row)(kept, c->D);
     c->dot_parts[r * NAME(parts)(c)] = dot;
 }
 
@@ -52,15 +54,18 @@ static int64_t NAME(turned_place)(const NAME(call) * c, int64_t expert, int64_t 
 
 /* g_turned = (weights g)^T */
 static void NAME(turn_gradient)(const NAME(call) * c, block at, OPERAND *scaled) {
-    const int64_t stride = NAME(turned_stride)(c->R, c->E), place = NAME(turned_place)(c, at.expert, at.row);
+    const int64_t stride = c->turned_stride, place = NAME(turned_place)(c, at.expert, at.row);
+    const NAME(rows) g = {c->g, NAME(row_stride)(c->D), c->first_row};
+    REAL line[BLOCK_COLS];
     for (int64_t from = 0; from < c->D; from += BLOCK_COLS) {
         const int64_t n = least(BLOCK_COLS, c->D - from);
         for (int64_t i = 0; i < at.rows; i++) {
-            const OPERAND *g = c->g + (at.row + i) * NAME(row_stride)(c->D) + from;
             const REAL weight = c->weights[c->permutation[at.row + i]];
-            for (int64_t d = 0; d < n; d++) scaled[i * BLOCK_COLS + d] = TO_OPERAND(weight * FROM_OPERAND(g[d]));
+            NAME(from_operands)(c->kernels, n, NAME(row_of)(&g, at.row + i) + from, line);
+            for (int64_t d = 0; d < n; d++) line[d] *= weight;
+            NAME(to_operands)(c->kernels, n, line, scaled + i * BLOCK_COLS);
         }
-        NAME(turn)(scaled, BLOCK_COLS, at.rows, n, c->g_turned + from * stride + place, stride);
+        NAME(turn)(c->kernels, scaled, BLOCK_COLS, at.rows, n, c->g_turned + from * stride + place, stride);
     }
 }
 
@@ -84,7 +89,8 @@ static mmbal_status NAME(gather_gradient_task)(void *context, int worker, int64_
 static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) g = {c->g, NAME(row_stride)(c->D)};
+    const NAME(rows) g = {c->g, NAME(row_stride)(c->D), c->first_row};
+    const int64_t stride = NAME(row_stride)(c->F);
     REAL value[BLOCK_COLS], slope[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->F, index);
@@ -92,24 +98,24 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
         NAME(multiply)(c->kernels, g, w2, at, c->D, s);
         REAL *h = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, h += BLOCK_COLS) {
-            const int64_t pair = c->permutation[r], place = r * NAME(row_stride)(c->F) + at.col;
+            const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
             const STORED *u = c->preactivation + r * c->F + at.col;
             const REAL weight = c->weights[pair];
-            for (int64_t f = 0; f < at.cols; f++) value[f] = LOAD(u[f]);
+            NAME(widen)(c->kernels, at.cols, u, value);
             c->kernels->OF_REAL(activate)(c->activation, at.cols, value, value, slope);
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, h);
             if (c->dweights) c->dot_parts[r * NAME(parts)(c) + 1 + at.col / BLOCK_COLS] = NAME(dot)(at.cols, h, value);
-            for (int64_t f = 0; f < at.cols; f++) c->dhidden[place + f] = TO_OPERAND(weight * h[f] * slope[f]);
-            if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden, r, c->F);
+            for (int64_t f = 0; f < at.cols; f++) slope[f] *= weight * h[f];
+            NAME(to_operands)(c->kernels, at.cols, slope, c->dhidden + place);
+            if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden + place - at.col, c->F);
             if (!c->dw2) continue;
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, value);
-            for (int64_t f = 0; f < at.cols; f++) c->hidden[place + f] = TO_OPERAND(value[f]);
+            NAME(to_operands)(c->kernels, at.cols, value, c->hidden + place);
         }
         if (!c->dw1 && !c->db1) continue;
-        const int64_t stride = NAME(row_stride)(c->F), turned_stride = NAME(turned_stride)(c->R, c->E);
-        NAME(turn)(c->dhidden + at.row * stride + at.col, stride, at.rows, at.cols,
-                   c->dhidden_turned + at.col * turned_stride + NAME(turned_place)(c, at.expert, at.row),
-                   turned_stride);
+        NAME(turn)(c->kernels, c->dhidden + (at.row - c->first_row) * stride + at.col, stride, at.rows, at.cols,
+                   c->dhidden_turned + at.col * c->turned_stride + NAME(turned_place)(c, at.expert, at.row),
+                   c->turned_stride);
     }
     return MMBAL_OK;
 }
@@ -130,7 +136,7 @@ static mmbal_status NAME(dweights_task)(void *context, int worker, int64_t begin
 static mmbal_status NAME(input_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) du = {c->dhidden, NAME(row_stride)(c->F)};
+    const NAME(rows) du = {c->dhidden, NAME(row_stride)(c->F), c->first_row};
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->D, index);
         const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 0};
@@ -158,32 +164,48 @@ typedef struct {
     STORED *dw, *db; /* [E, rows, cols], [E, rows]; NULL where not asked for */
 } NAME(weight_gradient);
 
+/* to = from, rounded */
+static void NAME(store_row)(const mmbal_kernels *kernels, const REAL *from, int64_t n, STORED *to, int past_caches) {
+    STORED line[BLOCK_COLS];
+    NAME(narrow)(kernels, n, from, line);
+    if (past_caches)
+        stream_bytes(to, line, n * (int64_t)sizeof(STORED));
+    else
+        memcpy(to, line, (size_t)n * sizeof(STORED));
+}
+
 static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_gradient) * w, int64_t index,
                                         NAME(scratch) * s) {
     const block at = find_expert_block(w->rows, w->cols, index);
     const int64_t begin = c->offsets[at.expert], end = c->offsets[at.expert + 1];
-    const int64_t stride = NAME(turned_stride)(c->R, c->E), first = at.expert * w->rows + at.row;
+    const int64_t stride = c->turned_stride, first = at.expert * w->rows + at.row;
     const OPERAND *left = w->left + at.row * stride + c->turned[at.expert];
-    for (int64_t i = 0; w->db && at.col == 0 && i < at.rows; i++)
-        w->db[first + i] = STORE(NAME(sum)(end - begin, left + i * stride));
+    for (int64_t i = 0; w->db && at.col == 0 && i < at.rows; i++) {
+        const REAL sum = NAME(sum)(c->kernels, end - begin, left + i * stride);
+        NAME(narrow)(c->kernels, 1, &sum, w->db + first + i);
+    }
     if (!w->dw) return;
     if (begin == end) memset(s->c, 0, sizeof s->c);
-    for (int64_t from = begin; from < end; from += BLOCK_DEPTH) {
-        const int64_t depth = least(BLOCK_DEPTH, end - from);
-        NAME(pack_rows)(&w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), s->b);
+    for (int64_t from = begin; from < end; from += NAME(DEPTH)) {
+        const int64_t depth = least(NAME(DEPTH), end - from);
+        NAME(pack_rows)(c->kernels, &w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), s->b);
+        const int64_t next = from + depth;
+        const fetch ahead =
+            make_fetch(NAME(row_of)(&w->right, next) + at.col, w->right.stride * (int64_t)sizeof(OPERAND),
+                       least(NAME(DEPTH), end - next), at.cols * (int64_t)sizeof(OPERAND));
         NAME(multiply_packed)(c->kernels, at.rows, at.cols, NAME(packed_depth)(depth), left + from - begin, stride,
-                              s->b, s->c, from > begin);
+                              s->b, s->c, from > begin, ahead);
     }
-    for (int64_t i = 0; i < at.rows; i++) {
-        STORED *row = w->dw + (first + i) * w->cols + at.col;
-        for (int64_t j = 0; j < at.cols; j++) row[j] = STORE(s->c[i * BLOCK_COLS + j]);
-    }
+    for (int64_t i = 0; i < at.rows; i++)
+        NAME(store_row)(c->kernels, s->c + i * BLOCK_COLS, at.cols, w->dw + (first + i) * w->cols + at.col,
+                        c->past_caches);
+    stream_end();
 }
 
 static mmbal_status NAME(dw1_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     const NAME(weight_gradient) w = {.left = c->dhidden_turned,
-                                     .right = {c->input, NAME(row_stride)(c->D)},
+                                     .right = {c->input, NAME(row_stride)(c->D), c->first_row},
                                      .rows = c->F,
                                      .cols = c->D,
                                      .dw = c->dw1,
@@ -195,7 +217,7 @@ static mmbal_status NAME(dw1_task)(void *context, int worker, int64_t begin, int
 static mmbal_status NAME(dw2_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     const NAME(weight_gradient) w = {.left = c->g_turned,
-                                     .right = {c->hidden, NAME(row_stride)(c->F)},
+                                     .right = {c->hidden, NAME(row_stride)(c->F), c->first_row},
                                      .rows = c->D,
                                      .cols = c->F,
                                      .dw = c->dw2,
@@ -214,19 +236,26 @@ static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs
     c.dy = dy, c.preactivation = preactivation, c.dx = gradients->dx, c.dweights = gradients->dweights;
     c.dw1 = gradients->dw1, c.db1 = gradients->db1, c.dw2 = gradients->dw2, c.db2 = gradients->db2;
 
-    c.turned[0] = 0;
-    for (int64_t e = 1; e < c.E; e++)
-        c.turned[e] = c.turned[e - 1] + NAME(whole_lines)(c.offsets[e] - c.offsets[e - 1]);
-
     const int hidden_needed = c.dx || c.dw1 || c.db1 || c.dw2 || c.dweights;
+    mmbal_status status = MMBAL_OK;
+    for (int64_t first = 0, last; first < c.E && status == MMBAL_OK; first = last) {
+        last = wave_end(c.offsets, c.E, first, pool->workers);
+        NAME(call) wave = NAME(wave)(&c, first, last);
+        wave.turned[0] = 0;
+        for (int64_t e = 1; e < wave.E; e++)
+            wave.turned[e] = wave.turned[e - 1] + NAME(whole_lines)(wave.offsets[e] - wave.offsets[e - 1]);
+        const pass passes[] = {
+            {1, NAME(gather_blocks)(&wave), 1, NAME(gather_gradient_task)},
+            {hidden_needed, NAME(row_blocks)(&wave, c.F), 1, NAME(hidden_gradient_task)},
+            {c.dx != NULL, NAME(row_blocks)(&wave, c.D), 1, NAME(input_gradient_task)},
+            {c.dw1 || c.db1, count_expert_blocks(wave.E, c.F, c.D), 1, NAME(dw1_task)},
+            {c.dw2 || c.db2, count_expert_blocks(wave.E, c.D, c.F), 1, NAME(dw2_task)},
+        };
+        status = run_passes(passes, sizeof passes / sizeof passes[0], &wave, pool);
+    }
     const pass passes[] = {
-        {1, NAME(gather_blocks)(&c), 1, NAME(gather_gradient_task)},
-        {hidden_needed, NAME(row_blocks)(&c, c.F), 1, NAME(hidden_gradient_task)},
         {c.dweights != NULL, c.R, ROWS_PER_TASK, NAME(dweights_task)},
-        {c.dx != NULL, NAME(row_blocks)(&c, c.D), 1, NAME(input_gradient_task)},
         {c.dx != NULL, c.N, ROWS_PER_TASK, NAME(combine_dx_task)},
-        {c.dw1 || c.db1, count_expert_blocks(c.E, c.F, c.D), 1, NAME(dw1_task)},
-        {c.dw2 || c.db2, count_expert_blocks(c.E, c.D, c.F), 1, NAME(dw2_task)},
     };
-    return run_passes(passes, sizeof passes / sizeof passes[0], &c, pool);
+    return status == MMBAL_OK ? run_passes(passes, sizeof passes / sizeof passes[0], &c, pool) : status;
 }

@@ -1,24 +1,29 @@
-/* The kernels of expert_mlp.c for one dtype; see each_dtype.h. */
+/* The kernels of expert_mlp.c for one way of taking products; see each_product.h. */
+#include "row_body.h"
+
 #include "gemm_body.h"
 
-/* Everything that the tasks of one call share. */
+/* Everything that the tasks of one call share. A call goes by waves of experts, so that what lies between its products
+ * is small: while a wave is under way, E, offsets, the weights and their gradients are those of its experts. */
 typedef struct {
     const mmbal_kernels *kernels;
-    int tile_rows;
+    int tile_rows, past_caches; /* past_caches: the gradients of the weights are so large that they bypass the caches */
     mmbal_activation activation;
     dropout hidden_dropout, output_dropout;
     int64_t N, D, F, E, K, R;
-    int64_t most_rows; /* of a block of routed rows */
+    int64_t most_rows;            /* of a block of routed rows */
+    int64_t first_row, wave_rows; /* the first row of this wave, the most that a wave has */
+    int64_t turned_stride;        /* between two rows of a turned matrix */
     const STORED *x, *w1, *b1, *w2, *b2, *dy, *preactivation;
     const REAL *weights;
     const int64_t *permutation, *offsets, *inverse;
     STORED *y, *kept_preactivation, *dx, *dw1, *db1, *dw2, *db2; /* outputs, NULL where not asked for */
     REAL *dweights;
-    /* workspace; rows of OPERANDs have row_stride(width) */
-    OPERAND *input;          /* [R, D] x of each routed row */
-    OPERAND *hidden;         /* [R, F] a */
-    OPERAND *dhidden;        /* [R, F] du */
-    OPERAND *g;              /* [R, D] dy of each routed row, under its output mask */
+    /* workspace; rows of OPERANDs have row_stride(width); W: the rows of a wave */
+    OPERAND *input;          /* [W, D] x of each routed row */
+    OPERAND *hidden;         /* [W, F] a */
+    OPERAND *dhidden;        /* [W, F] du */
+    OPERAND *g;              /* [W, D] dy of each routed row, under its output mask */
     OPERAND *dhidden_turned; /* [F, turned rows] du once more, transposed: its sums over the rows make dw1 */
     OPERAND *g_turned;       /* [D, turned rows] weights g, transposed: the same for dw2 */
     int64_t *turned;         /* [E] where the rows of an expert begin in a turned row: on a cache line */
@@ -27,12 +32,18 @@ typedef struct {
     NAME(scratch) * scratch; /* [workers] */
 } NAME(call);
 
+/* Each expert of a wave may leave most of a line empty. */
+static int64_t NAME(turned_stride)(int64_t rows, int64_t E) { return NAME(row_stride)(rows + E * (NAME(LINE) - 1)); }
+
 static NAME(call) NAME(begin_call)(const mmbal_expert_mlp_inputs *in, mmbal_expert_mlp_shape s,
                                    const mmbal_expert_mlp_options *options, int workers) {
     const mmbal_kernels *kernels = mmbal_kernels_in_use();
     NAME(call) c = {.kernels = kernels, .N = s.N, .D = s.D, .F = s.F, .E = s.E, .K = s.K, .R = s.N * s.K};
     c.tile_rows = kernels->OF_OPERAND(tile_rows);
     c.most_rows = rows_for_balance(s, workers);
+    c.wave_rows = largest_wave(in->offsets, s.E, workers);
+    c.turned_stride = NAME(turned_stride)(c.wave_rows, s.E);
+    c.past_caches = s.E * s.F * s.D * (int64_t)sizeof(STORED) >= STREAMED_BYTES;
     c.activation = options->activation;
     c.hidden_dropout = make_dropout(options, HIDDEN_TENSOR), c.output_dropout = make_dropout(options, OUTPUT_TENSOR);
     c.x = in->x, c.w1 = in->w1, c.b1 = in->b1, c.w2 = in->w2, c.b2 = in->b2, c.weights = in->weights;
@@ -44,8 +55,19 @@ static int64_t NAME(operand_bytes)(int64_t rows, int64_t width) {
     return rows * NAME(row_stride)(width) * (int64_t)sizeof(OPERAND);
 }
 
-/* Between two rows of a turned matrix. */
-static int64_t NAME(turned_stride)(int64_t R, int64_t E) { return NAME(row_stride)(R + E * (NAME(LINE) - 1)); }
+/* The call of the wave of experts first .. last. */
+static NAME(call) NAME(wave)(const NAME(call) * c, int64_t first, int64_t last) {
+    NAME(call) wave = *c;
+    wave.E = last - first, wave.offsets += first, wave.first_row = c->offsets[first];
+    wave.w1 += first * c->F * c->D, wave.w2 += first * c->D * c->F;
+    if (c->b1) wave.b1 += first * c->F;
+    if (c->b2) wave.b2 += first * c->D;
+    if (c->dw1) wave.dw1 += first * c->F * c->D;
+    if (c->dw2) wave.dw2 += first * c->D * c->F;
+    if (c->db1) wave.db1 += first * c->F;
+    if (c->db2) wave.db2 += first * c->D;
+    return wave;
+}
 
 static int64_t NAME(row_blocks)(const NAME(call) * c, int64_t cols) {
     return count_row_blocks(c->offsets, c->E, c->most_rows, c->tile_rows, cols);
@@ -55,64 +77,31 @@ static block NAME(row_block)(const NAME(call) * c, int64_t cols, int64_t index) 
     return find_row_block(c->offsets, c->most_rows, c->tile_rows, cols, index);
 }
 
-/* Multiplies the n values by the dropout mask of elements first .. first + n. */
-static void NAME(mask)(const dropout *d, int64_t first, int64_t n, REAL *values) {
-    double mask[BLOCK_COLS];
-    if (d->probability == 0) return;
-    for (int64_t from = 0; from < n; from += BLOCK_COLS) {
-        const int64_t here = least(BLOCK_COLS, n - from);
-        fill_mask(d, first + from, here, mask);
-        for (int64_t i = 0; i < here; i++) values[from + i] *= (REAL)mask[i];
-    }
-}
-
-/* Eight sums side by side: in one alone every addition waits for the one before it. */
-enum { NAME(SIDE_BY_SIDE) = 8 };
-
-static REAL NAME(sum_of)(const REAL *side) {
-    return ((side[0] + side[4]) + (side[2] + side[6])) + ((side[1] + side[5]) + (side[3] + side[7]));
-}
-
-static REAL NAME(dot)(int64_t n, const REAL *a, const REAL *b) {
-    REAL side[NAME(SIDE_BY_SIDE)] = {0};
-    int64_t i = 0;
-    for (; i + NAME(SIDE_BY_SIDE) <= n; i += NAME(SIDE_BY_SIDE))
-        for (int64_t k = 0; k < NAME(SIDE_BY_SIDE); k++) side[k] += a[i + k] * b[i + k];
-    for (int64_t k = 0; i < n; i++, k++) side[k] += a[i] * b[i];
-    return NAME(sum_of)(side);
-}
-
-static REAL NAME(sum)(int64_t n, const OPERAND *a) {
-    REAL side[NAME(SIDE_BY_SIDE)] = {0};
-    int64_t i = 0;
-    for (; i + NAME(SIDE_BY_SIDE) <= n; i += NAME(SIDE_BY_SIDE))
-        for (int64_t k = 0; k < NAME(SIDE_BY_SIDE); k++) side[k] += FROM_OPERAND(a[i + k]);
-    for (int64_t k = 0; i < n; i++, k++) side[k] += FROM_OPERAND(a[i]);
-    return NAME(sum_of)(side);
-}
-
-/* Zeros from the end of row r to the end of its line: a product by pairs may read one element more than there are. */
-static void NAME(end_row)(OPERAND *rows, int64_t r, int64_t width) {
-    OPERAND *row = rows + r * NAME(row_stride)(width);
+/* Zeros from the end of a row to the end of its line: a product by pairs may read one element more than there are. */
+static void NAME(end_row)(OPERAND *row, int64_t width) {
     for (int64_t i = width; i < NAME(whole_lines)(width); i++) row[i] = 0;
 }
 
 /* to[r] = from of row r's token */
 static void NAME(gather_row)(const NAME(call) * c, const STORED *from, int64_t r, OPERAND *to) {
     const STORED *source = from + c->permutation[r] / c->K * c->D;
-    OPERAND *row = to + r * NAME(row_stride)(c->D);
-    for (int64_t d = 0; d < c->D; d++) row[d] = TO_OPERAND(LOAD(source[d]));
-    NAME(end_row)(to, r, c->D);
+    OPERAND *row = to + (r - c->first_row) * NAME(row_stride)(c->D);
+    NAME(stored_to_operands)(c->kernels, c->D, source, row);
+    NAME(end_row)(row, c->D);
 }
 
 /* to[n] = sum_k factor[n,k] rows[inverse[n,k]] in the order of k; factor NULL: 1 */
 static void NAME(combine)(const NAME(call) * c, const REAL *factor, int64_t begin, int64_t end, STORED *to) {
+    REAL sum[BLOCK_COLS];
     for (int64_t n = begin; n < end; n++) {
-        for (int64_t d = 0; d < c->D; d++) {
-            REAL sum = 0;
-            for (int64_t pair = n * c->K; pair < (n + 1) * c->K; pair++)
-                sum += (factor ? factor[pair] : 1) * c->rows[c->inverse[pair] * c->D + d];
-            to[n * c->D + d] = STORE(sum);
+        for (int64_t from = 0; from < c->D; from += BLOCK_COLS) {
+            const int64_t here = least(BLOCK_COLS, c->D - from);
+            for (int64_t d = 0; d < here; d++) sum[d] = 0;
+            for (int64_t pair = n * c->K; pair < (n + 1) * c->K; pair++) {
+                const REAL *row = c->rows + c->inverse[pair] * c->D + from, weight = factor ? factor[pair] : 1;
+                for (int64_t d = 0; d < here; d++) sum[d] += weight * row[d];
+            }
+            NAME(narrow)(c->kernels, here, sum, to + n * c->D + from);
         }
     }
 }

@@ -1,14 +1,14 @@
 /* Forward of expert_mlp.c for one dtype: two products over the routed rows, then a weighted sum for each token. */
 
 static void NAME(forward_workspace)(NAME(call) * c, int workers, arena *from) {
-    c->input = carve(from, NAME(operand_bytes)(c->R, c->D));
-    c->hidden = carve(from, NAME(operand_bytes)(c->R, c->F));
+    c->input = carve(from, NAME(operand_bytes)(c->wave_rows, c->D));
+    c->hidden = carve(from, NAME(operand_bytes)(c->wave_rows, c->F));
     c->rows = carve(from, c->R * c->D * (int64_t)sizeof(REAL));
     c->scratch = carve(from, workers * (int64_t)sizeof(NAME(scratch)));
 }
 
-static mmbal_status NAME(forward_bytes)(mmbal_expert_mlp_shape s, int workers, int64_t *bytes) {
-    NAME(call) c = {.R = s.N * s.K, .D = s.D, .F = s.F};
+static mmbal_status NAME(forward_bytes)(mmbal_expert_mlp_shape s, const int64_t *offsets, int workers, int64_t *bytes) {
+    NAME(call) c = {.R = s.N * s.K, .D = s.D, .F = s.F, .wave_rows = largest_wave(offsets, s.E, workers)};
     arena from = {0};
     NAME(forward_workspace)(&c, workers, &from);
     *bytes = bytes_carved(&from);
@@ -18,7 +18,7 @@ static mmbal_status NAME(forward_bytes)(mmbal_expert_mlp_shape s, int workers, i
 static mmbal_status NAME(gather_task)(void *context, int worker, int64_t begin, int64_t end) {
     (void)worker;
     const NAME(call) *c = context;
-    for (int64_t r = begin; r < end; r++) NAME(gather_row)(c, c->x, r, c->input);
+    for (int64_t i = begin; i < end; i++) NAME(gather_row)(c, c->x, c->first_row + i, c->input);
     return MMBAL_OK;
 }
 
@@ -26,25 +26,25 @@ static mmbal_status NAME(gather_task)(void *context, int worker, int64_t begin, 
 static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) x = {c->input, NAME(row_stride)(c->D)};
+    const NAME(rows) x = {c->input, NAME(row_stride)(c->D), c->first_row};
+    REAL bias[BLOCK_COLS] = {0};
+    STORED rounded[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->F, index);
         const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 1};
         NAME(multiply)(c->kernels, x, w1, at, c->D, s);
-        const STORED *b1 = c->b1 ? c->b1 + at.expert * c->F + at.col : NULL;
+        if (c->b1) NAME(widen)(c->kernels, at.cols, c->b1 + at.expert * c->F + at.col, bias);
         REAL *u = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, u += BLOCK_COLS) {
-            for (int64_t f = 0; b1 && f < at.cols; f++) u[f] += LOAD(b1[f]);
-            if (c->kept_preactivation) {
-                STORED *kept = c->kept_preactivation + r * c->F + at.col;
-                for (int64_t f = 0; f < at.cols; f++) kept[f] = STORE(u[f]);
-            }
-            for (int64_t f = 0; f < at.cols; f++) u[f] = ROUNDED(u[f]);
+            STORED *kept = c->kept_preactivation ? c->kept_preactivation + r * c->F + at.col : rounded;
+            for (int64_t f = 0; f < at.cols; f++) u[f] += bias[f];
+            NAME(narrow)(c->kernels, at.cols, u, kept);
+            NAME(widen)(c->kernels, at.cols, kept, u);
             c->kernels->OF_REAL(activate)(c->activation, at.cols, u, u, NULL);
             NAME(mask)(&c->hidden_dropout, c->permutation[r] * c->F + at.col, at.cols, u);
-            OPERAND *hidden = c->hidden + r * NAME(row_stride)(c->F) + at.col;
-            for (int64_t f = 0; f < at.cols; f++) hidden[f] = TO_OPERAND(u[f]);
-            if (at.col + at.cols == c->F) NAME(end_row)(c->hidden, r, c->F);
+            OPERAND *hidden = c->hidden + (r - c->first_row) * NAME(row_stride)(c->F);
+            NAME(to_operands)(c->kernels, at.cols, u, hidden + at.col);
+            if (at.col + at.cols == c->F) NAME(end_row)(hidden, c->F);
         }
     }
     return MMBAL_OK;
@@ -54,17 +54,18 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
 static mmbal_status NAME(output_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) hidden = {c->hidden, NAME(row_stride)(c->F)};
+    const NAME(rows) hidden = {c->hidden, NAME(row_stride)(c->F), c->first_row};
+    REAL bias[BLOCK_COLS] = {0};
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->D, index);
         const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 1};
         NAME(multiply)(c->kernels, hidden, w2, at, c->F, s);
-        const STORED *b2 = c->b2 ? c->b2 + at.expert * c->D + at.col : NULL;
+        if (c->b2) NAME(widen)(c->kernels, at.cols, c->b2 + at.expert * c->D + at.col, bias);
         REAL *o = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, o += BLOCK_COLS) {
-            for (int64_t d = 0; b2 && d < at.cols; d++) o[d] += LOAD(b2[d]);
-            NAME(mask)(&c->output_dropout, c->permutation[r] * c->D + at.col, at.cols, o);
-            memcpy(c->rows + r * c->D + at.col, o, sizeof(REAL) * (size_t)at.cols);
+            REAL *row = c->rows + r * c->D + at.col;
+            for (int64_t d = 0; d < at.cols; d++) row[d] = o[d] + bias[d];
+            NAME(mask)(&c->output_dropout, c->permutation[r] * c->D + at.col, at.cols, row);
         }
     }
     return MMBAL_OK;
@@ -84,11 +85,17 @@ static mmbal_status NAME(forward)(const mmbal_expert_mlp_inputs *inputs, mmbal_e
     arena from = {(uintptr_t)workspace};
     NAME(forward_workspace)(&c, pool->workers, &from);
     c.y = y, c.kept_preactivation = preactivation;
-    const pass passes[] = {
-        {1, c.R, ROWS_PER_TASK, NAME(gather_task)},
-        {1, NAME(row_blocks)(&c, c.F), 1, NAME(hidden_task)},
-        {1, NAME(row_blocks)(&c, c.D), 1, NAME(output_task)},
-        {1, c.N, ROWS_PER_TASK, NAME(combine_task)},
-    };
-    return run_passes(passes, sizeof passes / sizeof passes[0], &c, pool);
+    mmbal_status status = MMBAL_OK;
+    for (int64_t first = 0, last; first < c.E && status == MMBAL_OK; first = last) {
+        last = wave_end(c.offsets, c.E, first, pool->workers);
+        NAME(call) wave = NAME(wave)(&c, first, last);
+        const pass passes[] = {
+            {1, c.offsets[last] - c.offsets[first], ROWS_PER_TASK, NAME(gather_task)},
+            {1, NAME(row_blocks)(&wave, c.F), 1, NAME(hidden_task)},
+            {1, NAME(row_blocks)(&wave, c.D), 1, NAME(output_task)},
+        };
+        status = run_passes(passes, sizeof passes / sizeof passes[0], &wave, pool);
+    }
+    const pass combine = {1, c.N, ROWS_PER_TASK, NAME(combine_task)};
+    return status == MMBAL_OK ? run_passes(&combine, 1, &c, pool) : status;
 }

@@ -1,17 +1,21 @@
-/* One block of a product A B, for one dtype; see each_dtype.h and docs/kernels.md. A is read where it lies, row by row;
- * B is packed into panels on the way. */
+/* One block of a product A B for one way of taking it; see each_product.h and docs/kernels.md. A is read where it lies,
+ * row by row; B is packed into panels on the way. */
 
 /* Rows between passes are OPERANDs. They begin on a cache line, end in zeros up to one, and are an odd number of lines
  * apart: so the rows of a tile never meet in one set of the cache, whatever the width is. */
-enum { NAME(LINE) = CACHE_LINE / sizeof(OPERAND) };
+enum { NAME(LINE) = CACHE_LINE / sizeof(OPERAND), NAME(DEPTH) = DEPTH_BYTES / sizeof(OPERAND) };
 
 static inline int64_t NAME(whole_lines)(int64_t width) { return ceil_div(width, NAME(LINE)) * NAME(LINE); }
 static inline int64_t NAME(row_stride)(int64_t width) { return (ceil_div(width, NAME(LINE)) | 1) * NAME(LINE); }
 
 typedef struct {
     const OPERAND *data;
-    int64_t stride;
+    int64_t stride, first; /* data begins with row `first` */
 } NAME(rows);
+
+static const OPERAND *NAME(row_of)(const NAME(rows) * rows, int64_t row) {
+    return rows->data + (row - rows->first) * rows->stride;
+}
 
 /* The weights of an expert as the right factor: B(d, j) at data + j stride + d when they lie transposed (one row of
  * memory is one column of B), else at data + d stride + j. */
@@ -27,28 +31,40 @@ typedef struct {
 /* What a worker holds of a block. */
 typedef struct {
     REAL c[BLOCK_ROWS * BLOCK_COLS];     /* row stride BLOCK_COLS */
-    OPERAND b[BLOCK_DEPTH * BLOCK_COLS]; /* panels */
+    OPERAND b[NAME(DEPTH) * BLOCK_COLS]; /* panels */
 } NAME(scratch);
 
 /* c[i, j] (+)= sum over the packed depth of a(i, d) b(d, j), rows x cols; b packed; a's rows outermost, so that a
- * tile's rows stay in the first-level cache while the panels of b pass by. */
+ * tile's rows stay in the first-level cache while the panels of b pass by. What is packed next is fetched meanwhile. */
 static void NAME(multiply_packed)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
-                                  const OPERAND *a, int64_t a_stride, const OPERAND *b, REAL *c, int add) {
+                                  const OPERAND *a, int64_t a_stride, const OPERAND *b, REAL *c, int add, fetch next) {
     const int tile_rows = kernels->OF_OPERAND(tile_rows), tile_cols = kernels->OF_OPERAND(tile_cols);
-    for (int64_t i = 0; i < rows; i += tile_rows)
-        for (int64_t j = 0; j < cols; j += tile_cols)
+    const int64_t lines_a_tile =
+        ceil_div(next.rows * next.lines, ceil_div(rows, tile_rows) * ceil_div(cols, tile_cols));
+    for (int64_t i = 0; i < rows; i += tile_rows) {
+        for (int64_t j = 0; j < cols; j += tile_cols) {
+            fetch_lines(&next, lines_a_tile);
             kernels->OF_OPERAND(tile)((int)least(tile_rows, rows - i), depth, a + i * a_stride, a_stride, b + j * depth,
                                       c + i * BLOCK_COLS + j, BLOCK_COLS, add);
+        }
+    }
+}
+
+/* The part of B that a block needs between two depths. */
+static fetch NAME(fetch_weights)(const NAME(weights) * b, block place, int64_t from, int64_t depth) {
+    const int64_t rows = b->transposed ? place.cols : depth, width = b->transposed ? depth : place.cols;
+    const STORED *first = b->data + (b->transposed ? place.col * b->stride + from : from * b->stride + place.col);
+    return make_fetch(first, b->stride * (int64_t)sizeof(STORED), rows, width * (int64_t)sizeof(STORED));
 }
 
 /* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order */
 static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weights) b, block place, int64_t depth,
                            NAME(scratch) * s) {
-    for (int64_t from = 0; from < depth; from += BLOCK_DEPTH) {
-        const int64_t deep = least(BLOCK_DEPTH, depth - from);
-        const OPERAND *rows = a.data + place.row * a.stride + from;
-        NAME(pack_weights)(&b, from, deep, place.col, place.cols, kernels->OF_OPERAND(tile_cols), s->b);
+    for (int64_t from = 0; from < depth; from += NAME(DEPTH)) {
+        const int64_t deep = least(NAME(DEPTH), depth - from), next = from + deep;
+        const OPERAND *rows = NAME(row_of)(&a, place.row) + from;
+        NAME(pack_weights)(kernels, &b, from, deep, place.col, place.cols, kernels->OF_OPERAND(tile_cols), s->b);
         NAME(multiply_packed)(kernels, place.rows, place.cols, NAME(packed_depth)(deep), rows, a.stride, s->b, s->c,
-                              from > 0);
+                              from > 0, NAME(fetch_weights)(&b, place, next, least(NAME(DEPTH), depth - next)));
     }
 }

@@ -30,6 +30,13 @@ typedef void mmbal_tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t
 typedef void mmbal_activate_f32(mmbal_activation activation, int64_t n, const float *u, float *value, float *slope);
 typedef void mmbal_activate_f64(mmbal_activation activation, int64_t n, const double *u, double *value, double *slope);
 
+/* n numbers from one storage type to another, by bfloat16.h and float16.h; from and to do not overlap. */
+typedef void mmbal_widen(int64_t n, const uint16_t *from, float *to);
+typedef void mmbal_narrow(int64_t n, const float *from, uint16_t *to);
+
+/* to[2 i] = first[i], to[2 i + 1] = second[i]; from and to do not overlap. */
+typedef void mmbal_interleave(int64_t n, const uint16_t *first, const uint16_t *second, uint16_t *to);
+
 typedef struct mmbal_kernels {
     int tile_rows_f32, tile_cols_f32, tile_rows_f64, tile_cols_f64;
     int tile_rows_bf16, tile_cols_bf16;
@@ -38,6 +45,9 @@ typedef struct mmbal_kernels {
     mmbal_tile_bf16 *tile_bf16; /* NULL where bfloat16 is multiplied as float32 */
     mmbal_activate_f32 *activate_f32;
     mmbal_activate_f64 *activate_f64;
+    mmbal_widen *widen_bf16, *widen_f16;
+    mmbal_narrow *narrow_bf16, *narrow_f16;
+    mmbal_interleave *interleave;
 } mmbal_kernels;
 
 /* NULL when this build has no kernels for isa. */

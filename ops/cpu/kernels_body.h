@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "float16.h"
 #include "kernels.h"
 
 /* Constants of the activations: 1.702 from arXiv 1606.08415 section 2, 0.044715 and sqrt(2 / pi) from its tanh form. */
@@ -116,6 +117,27 @@ static inline double gauss_f64(double x, double exp_of_half_square) {
 #undef REAL
 #undef NAME
 
+static void widen_bf16(int64_t n, const uint16_t *restrict from, float *restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] = float_of_bfloat16(from[i]);
+}
+
+static void widen_f16(int64_t n, const uint16_t *restrict from, float *restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] = float_of_float16(from[i]);
+}
+
+static void narrow_bf16(int64_t n, const float *restrict from, uint16_t *restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] = bfloat16_of_float(from[i]);
+}
+
+static void narrow_f16(int64_t n, const float *restrict from, uint16_t *restrict to) {
+    for (int64_t i = 0; i < n; i++) to[i] = float16_of_float(from[i]);
+}
+
+static void interleave(int64_t n, const uint16_t *restrict first, const uint16_t *restrict second,
+                       uint16_t *restrict to) {
+    for (int64_t i = 0; i < n; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+}
+
 #ifdef TILE_BF16
 #include TILE_BF16
 #endif
@@ -132,4 +154,9 @@ const mmbal_kernels KERNELS = {.tile_rows_f32 = TILE_ROWS,
                                .tile_bf16 = tile_bf16,
 #endif
                                .activate_f32 = activate_f32,
-                               .activate_f64 = activate_f64};
+                               .activate_f64 = activate_f64,
+                               .widen_bf16 = widen_bf16,
+                               .widen_f16 = widen_f16,
+                               .narrow_bf16 = narrow_bf16,
+                               .narrow_f16 = narrow_f16,
+                               .interleave = interleave};

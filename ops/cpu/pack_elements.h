@@ -2,53 +2,74 @@
 
 static inline int64_t NAME(packed_depth)(int64_t depth) { return depth; }
 
-/* packed[panel][d][i] = B(from + d, col + panel panel_cols + i) where a row of B is a row of memory, zero beyond cols
- */
-#define PACK_ROWS(ELEMENT, CONVERT)                                                                                    \
-    for (int64_t d = 0; d < depth; d++) {                                                                              \
-        const ELEMENT *source = b->data + (from + d) * b->stride + col;                                                \
-        OPERAND *to = packed + d * panel_cols;                                                                         \
-        for (int64_t i = 0; d + FETCH_AHEAD < depth && i < cols; i += CACHE_LINE / (int64_t)sizeof(ELEMENT))           \
-            __builtin_prefetch(source + FETCH_AHEAD * b->stride + i);                                                  \
-        for (int64_t left = 0; left < cols; left += panel_cols, to += panel_cols * depth) {                            \
-            const int64_t here = least(panel_cols, cols - left);                                                       \
-            for (int64_t i = 0; i < here; i++) to[i] = CONVERT(source[left + i]);                                      \
-            for (int64_t i = here; i < panel_cols; i++) to[i] = 0;                                                     \
-        }                                                                                                              \
+/* Row d of every panel from one row of B. */
+static void NAME(deal)(const OPERAND *row, int64_t cols, int panel_cols, int64_t depth, OPERAND *to) {
+    for (int64_t left = 0; left < cols; left += panel_cols, to += panel_cols * depth) {
+        const int64_t here = least(panel_cols, cols - left);
+        if (here % 8 == 0) /* a length that the compiler knows is copied without a call */
+            for (int64_t i = 0; i < here; i += 8) memcpy(to + i, row + left + i, sizeof(OPERAND) * 8);
+        else
+            memcpy(to, row + left, sizeof(OPERAND) * (size_t)here);
+        for (int64_t i = here; i < panel_cols; i++) to[i] = 0;
     }
+}
 
-static void NAME(pack_weights)(const NAME(weights) * b, int64_t from, int64_t depth, int64_t col, int64_t cols,
-                               int panel_cols, OPERAND *packed) {
+/* packed[panel][d][i] = rows(from + d, col + panel panel_cols + i), zero beyond cols */
+static void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, int64_t from, int64_t depth,
+                            int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
+    (void)kernels;
+    fetch ahead = make_fetch(NAME(row_of)(b, from) + col, b->stride * (int64_t)sizeof(OPERAND), depth,
+                             cols * (int64_t)sizeof(OPERAND));
+    fetch_lines(&ahead, FETCH_AHEAD * ahead.lines);
+    for (int64_t d = 0; d < depth; d++) {
+        fetch_lines(&ahead, ahead.lines);
+        NAME(deal)(NAME(row_of)(b, from + d) + col, cols, panel_cols, depth, packed + d * panel_cols);
+    }
+}
+
+/* packed[panel][d][i] = B(from + d, col + panel panel_cols + i), zero beyond cols */
+static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights) * b, int64_t from, int64_t depth,
+                               int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
     if (!b->transposed) {
-        PACK_ROWS(STORED, LOAD)
+        OPERAND line[BLOCK_COLS];
+        fetch ahead = make_fetch(b->data + from * b->stride + col, b->stride * (int64_t)sizeof(STORED), depth,
+                                 cols * (int64_t)sizeof(STORED));
+        fetch_lines(&ahead, FETCH_AHEAD * ahead.lines);
+        for (int64_t d = 0; d < depth; d++) {
+            const STORED *row = b->data + (from + d) * b->stride + col;
+            fetch_lines(&ahead, ahead.lines);
+#if OPERAND_IS_STORED
+            (void)line;
+            NAME(deal)(row, cols, panel_cols, depth, packed + d * panel_cols);
+#else
+            NAME(stored_to_operands)(kernels, cols, row, line);
+            NAME(deal)(line, cols, panel_cols, depth, packed + d * panel_cols);
+#endif
+        }
         return;
     }
-    OPERAND lines[4 * BLOCK_DEPTH];
     for (int64_t left = 0; left < cols; left += panel_cols, packed += panel_cols * depth) {
         const int64_t here = least(panel_cols, cols - left);
         const STORED *columns = b->data + (col + left) * b->stride + from;
         if (here < panel_cols) memset(packed, 0, sizeof(OPERAND) * (size_t)(panel_cols * depth));
-        if (sizeof(STORED) == sizeof(OPERAND)) {
-            TRANSPOSE(columns, b->stride, here, depth, packed, panel_cols);
-            continue;
-        }
+#if OPERAND_IS_STORED
+        (void)kernels;
+        TRANSPOSE(columns, b->stride, here, depth, packed, panel_cols);
+#else
+        OPERAND lines[4 * NAME(DEPTH)];
         for (int64_t i = 0; i < here; i += 4) { /* four columns are converted, then transposed */
             const int64_t wide = least(4, here - i);
             for (int64_t k = 0; k < wide; k++)
-                for (int64_t d = 0; d < depth; d++) lines[k * BLOCK_DEPTH + d] = LOAD(columns[(i + k) * b->stride + d]);
-            TRANSPOSE(lines, BLOCK_DEPTH, wide, depth, packed + i, panel_cols);
+                NAME(stored_to_operands)(kernels, depth, columns + (i + k) * b->stride, lines + k * NAME(DEPTH));
+            TRANSPOSE(lines, NAME(DEPTH), wide, depth, packed + i, panel_cols);
         }
+#endif
     }
 }
 
-static void NAME(pack_rows)(const NAME(rows) * b, int64_t from, int64_t depth, int64_t col, int64_t cols,
-                            int panel_cols, OPERAND *packed) {
-    PACK_ROWS(OPERAND, )
-}
-#undef PACK_ROWS
-
 /* to[j, i] = from[i, j] */
-static void NAME(turn)(const OPERAND *from, int64_t from_stride, int64_t rows, int64_t cols, OPERAND *to,
-                       int64_t to_stride) {
+static void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,
+                       int64_t cols, OPERAND *to, int64_t to_stride) {
+    (void)kernels;
     TRANSPOSE(from, from_stride, rows, cols, to, to_stride);
 }

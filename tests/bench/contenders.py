@@ -193,7 +193,7 @@ class Problem:
 
     def check(self) -> None:
         """All contenders give the same outputs and gradients, or there is nothing to compare."""
-        tolerance = 2e-4 if self.shape.dtype == "float32" else 0.05
+        tolerance = 2e-4 if self.shape.dtype == "float32" else 0.2  # transformers adds up bias gradients in bfloat16
         reference = None
         for name, run in (
             ("mmbal", ours(self.experts)),

@@ -79,7 +79,8 @@ template <typename T>
 Forward<T> run_forward(const Problem<T> &p, const mmbal_pool &pool = mmbal_pool_serial(), int64_t misaligned = 0) {
     const Spec &s = p.spec;
     Guarded<typename T::Stored> y(s.N * s.D), preactivation(s.N * s.K * s.F);
-    Guarded<unsigned char> workspace(mmbal_expert_mlp_workspace(T::dtype, s.shape(), pool.workers), misaligned);
+    Guarded<unsigned char> workspace(mmbal_expert_mlp_workspace(T::dtype, s.shape(), p.offsets.data(), pool.workers),
+                                     misaligned);
     const mmbal_expert_mlp_inputs inputs = p.inputs();
     const mmbal_expert_mlp_options options = s.options();
     const mmbal_status status = mmbal_expert_mlp(T::dtype, &inputs, s.shape(), &options, y.data(), preactivation.data(),
@@ -106,8 +107,8 @@ Backward<T> run_backward(const Problem<T> &p, const std::vector<typename T::Stor
     using Stored = typename T::Stored;
     Guarded<Stored> dx(s.N * s.D), dw1(s.E * s.F * s.D), db1(s.E * s.F), dw2(s.E * s.D * s.F), db2(s.E * s.D);
     Guarded<typename T::Real> dweights(s.N * s.K);
-    Guarded<unsigned char> workspace(mmbal_expert_mlp_backward_workspace(T::dtype, s.shape(), pool.workers),
-                                     misaligned);
+    Guarded<unsigned char> workspace(
+        mmbal_expert_mlp_backward_workspace(T::dtype, s.shape(), p.offsets.data(), pool.workers), misaligned);
     const mmbal_expert_mlp_inputs inputs = p.inputs();
     const mmbal_expert_mlp_options options = s.options();
     const mmbal_expert_mlp_gradients gradients = {

@@ -291,7 +291,8 @@ TYPED_TEST(ExpertMlp, OutputIsTheSameWhenPreactivationIsNotKept) {
     const mmbal_expert_mlp_options options = p.spec.options();
     const mmbal_pool pool = mmbal_pool_serial();
     Guarded<typename TypeParam::Stored> y(p.spec.N * p.spec.D);
-    Guarded<unsigned char> workspace(mmbal_expert_mlp_workspace(TypeParam::dtype, p.spec.shape(), pool.workers));
+    Guarded<unsigned char> workspace(
+        mmbal_expert_mlp_workspace(TypeParam::dtype, p.spec.shape(), p.offsets.data(), pool.workers));
     ASSERT_EQ(mmbal_expert_mlp(TypeParam::dtype, &inputs, p.spec.shape(), &options, y.data(), nullptr, workspace.data(),
                                &pool),
               MMBAL_OK);
@@ -370,7 +371,8 @@ template <typename T>
 std::vector<mmbal_status> statuses(const Problem<T> &p, const Spec &spec, int workers = 1) {
     Guarded<typename T::Stored> y(p.spec.N * p.spec.D), dx(p.spec.N * p.spec.D);
     const std::vector<typename T::Stored> u(p.spec.N * p.spec.K * p.spec.F);
-    std::vector<unsigned char> workspace(mmbal_expert_mlp_backward_workspace(T::dtype, p.spec.shape(), 1));
+    std::vector<unsigned char> workspace(
+        mmbal_expert_mlp_backward_workspace(T::dtype, p.spec.shape(), p.offsets.data(), 1));
     const mmbal_expert_mlp_inputs inputs = p.inputs();
     const mmbal_expert_mlp_options options = spec.options();
     const mmbal_expert_mlp_gradients gradients = {dx.data(), nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -435,8 +437,8 @@ TEST(ExpertMlpStatus, UnknownDtypeIsUnsupportedAndNeedsNoWorkspace) {
     for (int value : {4, -1, 99}) {
         const auto dtype = enum_of<mmbal_dtype>(value);
         Guarded<double> y(6);
-        EXPECT_EQ(mmbal_expert_mlp_workspace(dtype, p.spec.shape(), 1), 0);
-        EXPECT_EQ(mmbal_expert_mlp_backward_workspace(dtype, p.spec.shape(), 1), 0);
+        EXPECT_EQ(mmbal_expert_mlp_workspace(dtype, p.spec.shape(), p.offsets.data(), 1), 0);
+        EXPECT_EQ(mmbal_expert_mlp_backward_workspace(dtype, p.spec.shape(), p.offsets.data(), 1), 0);
         EXPECT_EQ(mmbal_expert_mlp(dtype, &inputs, p.spec.shape(), &options, y.data(), nullptr, nullptr, &pool),
                   MMBAL_UNSUPPORTED);
         EXPECT_EQ(mmbal_expert_mlp_backward(dtype, p.dy.data(), &inputs, p.x.data(), p.spec.shape(), &options, &none,

@@ -92,8 +92,9 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
         keep_preactivation ? torch::stable::new_empty(call.x, {N * K, F}) : torch::stable::new_empty(call.x, {0, F});
     if (keep_preactivation) ask_for_large_pages(preactivation);
     TorchPool pool;
-    const Workspace workspace(call.x, mmbal_expert_mlp_workspace(call.dtype, call.shape, pool.workers()));
     const mmbal_expert_mlp_inputs inputs = call.inputs();
+    const Workspace workspace(call.x,
+                              mmbal_expert_mlp_workspace(call.dtype, call.shape, inputs.offsets, pool.workers()));
     call.check_result(mmbal_expert_mlp(call.dtype, &inputs, call.shape, &call.options, y.mutable_data_ptr(),
                                        keep_preactivation ? preactivation.mutable_data_ptr() : nullptr,
                                        workspace.data(), pool.get()));
@@ -130,8 +131,9 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
         data.push_back(needed[i] ? gradients[i].mutable_data_ptr() : nullptr);
     }
     TorchPool pool;
-    const Workspace workspace(call.x, mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, pool.workers()));
     const mmbal_expert_mlp_inputs inputs = call.inputs();
+    const Workspace workspace(
+        call.x, mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, inputs.offsets, pool.workers()));
     const mmbal_expert_mlp_gradients outputs = {data[0], data[1], data[2], data[3], data[4], data[5]};
     call.check_result(mmbal_expert_mlp_backward(call.dtype, dy.const_data_ptr(), &inputs,
                                                 preactivation.const_data_ptr(), call.shape, &call.options, &outputs,

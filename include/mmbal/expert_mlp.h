@@ -59,7 +59,17 @@ typedef struct mmbal_expert_mlp_inputs {
     const int64_t *permutation; /* [R] */
     const int64_t *offsets;     /* [E + 1] */
     const int64_t *inverse;     /* [N, K] */
+    const void *packed;         /* what mmbal_expert_mlp_pack made of w1 and w2, for a faster forward; or NULL */
 } mmbal_expert_mlp_inputs;
+
+/* Bytes of the packed weights of E experts; N and K of the shape do not matter. 0 for an unknown dtype. */
+int64_t mmbal_expert_mlp_packed_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape);
+
+/* Lays the weights out as the products of the forward read them, so that they need not be packed in every call. The
+ * layout is that of the instruction set in use: it is for this process, not for a file. */
+mmbal_status mmbal_expert_mlp_pack(mmbal_dtype dtype, const void *w1, /* [E, F, D] */
+                                   const void *w2,                    /* [E, D, F] */
+                                   mmbal_expert_mlp_shape shape, void *packed, const mmbal_pool *pool);
 
 /* Bytes of workspace of the forward and of the backward with these offsets [E + 1]; any alignment will do. 0 for what
  * the call itself will refuse. */

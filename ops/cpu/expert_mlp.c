@@ -113,6 +113,21 @@ int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_
     return backward_bytes(dtype, shape, offsets, workers, &bytes) == MMBAL_OK ? bytes : 0;
 }
 
+static mmbal_status packed_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, int64_t *bytes) {
+    RETURN_FOR_PRODUCT(dtype, packed_bytes, shape, bytes);
+}
+
+int64_t mmbal_expert_mlp_packed_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape) {
+    int64_t bytes = 0;
+    return packed_bytes(dtype, shape, &bytes) == MMBAL_OK ? bytes : 0;
+}
+
+mmbal_status mmbal_expert_mlp_pack(mmbal_dtype dtype, const void *w1, const void *w2, mmbal_expert_mlp_shape shape,
+                                   void *packed, const mmbal_pool *pool) {
+    if (shape.D < 1 || shape.F < 1 || shape.E < 1 || pool->workers < 1) return MMBAL_INVALID_ARGUMENT;
+    RETURN_FOR_PRODUCT(dtype, pack, w1, w2, shape, packed, pool);
+}
+
 mmbal_status mmbal_expert_mlp(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *inputs, mmbal_expert_mlp_shape shape,
                               const mmbal_expert_mlp_options *options, void *y, void *preactivation, void *workspace,
                               const mmbal_pool *pool) {

@@ -94,7 +94,7 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
     REAL value[BLOCK_COLS], slope[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->F, index);
-        const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 0};
+        const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 0, NULL};
         NAME(multiply)(c->kernels, g, w2, at, c->D, s);
         REAL *h = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, h += BLOCK_COLS) {
@@ -139,7 +139,7 @@ static mmbal_status NAME(input_gradient_task)(void *context, int worker, int64_t
     const NAME(rows) du = {c->dhidden, NAME(row_stride)(c->F), c->first_row};
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->D, index);
-        const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 0};
+        const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 0, NULL};
         NAME(multiply)(c->kernels, du, w1, at, c->F, s);
         const REAL *dx = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, dx += BLOCK_COLS)

@@ -17,6 +17,7 @@ typedef struct {
     const STORED *x, *w1, *b1, *w2, *b2, *dy, *preactivation;
     const REAL *weights;
     const int64_t *permutation, *offsets, *inverse;
+    const OPERAND *packed_w1, *packed_w2;                        /* the panels of all experts, or NULL */
     STORED *y, *kept_preactivation, *dx, *dw1, *db1, *dw2, *db2; /* outputs, NULL where not asked for */
     REAL *dweights;
     /* workspace; rows of OPERANDs have row_stride(width); W: the rows of a wave */
@@ -47,6 +48,10 @@ static NAME(call) NAME(begin_call)(const mmbal_expert_mlp_inputs *in, mmbal_expe
     c.activation = options->activation;
     c.hidden_dropout = make_dropout(options, HIDDEN_TENSOR), c.output_dropout = make_dropout(options, OUTPUT_TENSOR);
     c.x = in->x, c.w1 = in->w1, c.b1 = in->b1, c.w2 = in->w2, c.b2 = in->b2, c.weights = in->weights;
+    if (in->packed) {
+        c.packed_w1 = in->packed;
+        c.packed_w2 = c.packed_w1 + c.E * NAME(panel_elements)(kernels, c.F, c.D);
+    }
     c.permutation = in->permutation, c.offsets = in->offsets, c.inverse = in->inverse;
     return c;
 }
@@ -60,6 +65,10 @@ static NAME(call) NAME(wave)(const NAME(call) * c, int64_t first, int64_t last) 
     NAME(call) wave = *c;
     wave.E = last - first, wave.offsets += first, wave.first_row = c->offsets[first];
     wave.w1 += first * c->F * c->D, wave.w2 += first * c->D * c->F;
+    if (c->packed_w1) {
+        wave.packed_w1 += first * NAME(panel_elements)(c->kernels, c->F, c->D);
+        wave.packed_w2 += first * NAME(panel_elements)(c->kernels, c->D, c->F);
+    }
     if (c->b1) wave.b1 += first * c->F;
     if (c->b2) wave.b2 += first * c->D;
     if (c->dw1) wave.dw1 += first * c->F * c->D;
@@ -104,6 +113,52 @@ static void NAME(combine)(const NAME(call) * c, const REAL *factor, int64_t begi
             NAME(narrow)(c->kernels, here, sum, to + n * c->D + from);
         }
     }
+}
+
+/* Where the panels of an expert of the wave begin; NULL where none were packed. */
+static const OPERAND *NAME(panels_of)(const NAME(call) * c, const OPERAND *packed, int64_t expert, int64_t depth,
+                                      int64_t cols) {
+    return packed ? packed + expert * NAME(panel_elements)(c->kernels, cols, depth) : NULL;
+}
+
+static mmbal_status NAME(packed_bytes)(mmbal_expert_mlp_shape s, int64_t *bytes) {
+    const mmbal_kernels *kernels = mmbal_kernels_in_use();
+    *bytes = s.E * (int64_t)sizeof(OPERAND) *
+             (NAME(panel_elements)(kernels, s.F, s.D) + NAME(panel_elements)(kernels, s.D, s.F));
+    return MMBAL_OK;
+}
+
+typedef struct {
+    const mmbal_kernels *kernels;
+    mmbal_expert_mlp_shape shape;
+    const STORED *w1, *w2;
+    OPERAND *packed;
+} NAME(packing);
+
+/* Task 2 e packs w1 of expert e, 2 e + 1 its w2. */
+static mmbal_status NAME(pack_task)(void *context, int worker, int64_t begin, int64_t end) {
+    (void)worker;
+    const NAME(packing) *p = context;
+    const int64_t D = p->shape.D, F = p->shape.F;
+    const int64_t w1_panels = NAME(panel_elements)(p->kernels, F, D),
+                  w2_panels = NAME(panel_elements)(p->kernels, D, F);
+    for (int64_t index = begin; index < end; index++) {
+        const int64_t e = index / 2;
+        if (index % 2 == 0) {
+            const NAME(weights) w1 = {p->w1 + e * F * D, D, 1, NULL};
+            NAME(pack_all)(p->kernels, w1, D, F, p->packed + e * w1_panels);
+        } else {
+            const NAME(weights) w2 = {p->w2 + e * D * F, F, 1, NULL};
+            NAME(pack_all)(p->kernels, w2, F, D, p->packed + p->shape.E * w1_panels + e * w2_panels);
+        }
+    }
+    return MMBAL_OK;
+}
+
+static mmbal_status NAME(pack)(const void *w1, const void *w2, mmbal_expert_mlp_shape shape, void *packed,
+                               const mmbal_pool *pool) {
+    NAME(packing) p = {mmbal_kernels_in_use(), shape, w1, w2, packed};
+    return pool->run(pool->self, 2 * shape.E, 1, NAME(pack_task), &p);
 }
 
 #include "expert_mlp_backward_body.h"

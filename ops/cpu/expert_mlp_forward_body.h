@@ -31,7 +31,8 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
     STORED rounded[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->F, index);
-        const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 1};
+        const OPERAND *panels = NAME(panels_of)(c, c->packed_w1, at.expert, c->D, c->F);
+        const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 1, panels};
         NAME(multiply)(c->kernels, x, w1, at, c->D, s);
         if (c->b1) NAME(widen)(c->kernels, at.cols, c->b1 + at.expert * c->F + at.col, bias);
         REAL *u = s->c;
@@ -58,7 +59,8 @@ static mmbal_status NAME(output_task)(void *context, int worker, int64_t begin, 
     REAL bias[BLOCK_COLS] = {0};
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(row_block)(c, c->D, index);
-        const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 1};
+        const OPERAND *panels = NAME(panels_of)(c, c->packed_w2, at.expert, c->F, c->D);
+        const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 1, panels};
         NAME(multiply)(c->kernels, hidden, w2, at, c->F, s);
         if (c->b2) NAME(widen)(c->kernels, at.cols, c->b2 + at.expert * c->D + at.col, bias);
         REAL *o = s->c;

@@ -18,11 +18,12 @@ static const OPERAND *NAME(row_of)(const NAME(rows) * rows, int64_t row) {
 }
 
 /* The weights of an expert as the right factor: B(d, j) at data + j stride + d when they lie transposed (one row of
- * memory is one column of B), else at data + d stride + j. */
+ * memory is one column of B), else at data + d stride + j. packed, where not NULL, holds all of its panels. */
 typedef struct {
     const STORED *data;
     int64_t stride;
     int transposed;
+    const OPERAND *packed;
 } NAME(weights);
 
 /* NAME(pack_weights), NAME(pack_rows), NAME(turn) and NAME(packed_depth) */
@@ -52,9 +53,28 @@ static void NAME(multiply_packed)(const mmbal_kernels *kernels, int64_t rows, in
 
 /* The part of B that a block needs between two depths. */
 static fetch NAME(fetch_weights)(const NAME(weights) * b, block place, int64_t from, int64_t depth) {
-    const int64_t rows = b->transposed ? place.cols : depth, width = b->transposed ? depth : place.cols;
+    const int64_t rows = b->transposed && depth ? place.cols : depth, width = b->transposed ? depth : place.cols;
     const STORED *first = b->data + (b->transposed ? place.col * b->stride + from : from * b->stride + place.col);
     return make_fetch(first, b->stride * (int64_t)sizeof(STORED), rows, width * (int64_t)sizeof(STORED));
+}
+
+/* Elements of the panels of `cols` columns. */
+static int64_t NAME(panel_elements)(const mmbal_kernels *kernels, int64_t cols, int64_t depth) {
+    const int64_t tile_cols = kernels->OF_OPERAND(tile_cols);
+    return ceil_div(cols, tile_cols) * tile_cols * NAME(packed_depth)(depth);
+}
+
+/* All panels of an expert's B [depth, cols]: block of columns after block, in each step of the depth after step. */
+static void NAME(pack_all)(const mmbal_kernels *kernels, NAME(weights) b, int64_t depth, int64_t cols,
+                           OPERAND *packed) {
+    for (int64_t col = 0; col < cols; col += BLOCK_COLS) {
+        const int64_t here = least(BLOCK_COLS, cols - col);
+        for (int64_t from = 0; from < depth; from += NAME(DEPTH)) {
+            const int64_t deep = least(NAME(DEPTH), depth - from);
+            NAME(pack_weights)(kernels, &b, from, deep, col, here, kernels->OF_OPERAND(tile_cols), packed);
+            packed += NAME(panel_elements)(kernels, here, deep);
+        }
+    }
 }
 
 /* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order */
@@ -63,8 +83,14 @@ static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weig
     for (int64_t from = 0; from < depth; from += NAME(DEPTH)) {
         const int64_t deep = least(NAME(DEPTH), depth - from), next = from + deep;
         const OPERAND *rows = NAME(row_of)(&a, place.row) + from;
-        NAME(pack_weights)(kernels, &b, from, deep, place.col, place.cols, kernels->OF_OPERAND(tile_cols), s->b);
-        NAME(multiply_packed)(kernels, place.rows, place.cols, NAME(packed_depth)(deep), rows, a.stride, s->b, s->c,
-                              from > 0, NAME(fetch_weights)(&b, place, next, least(NAME(DEPTH), depth - next)));
+        const OPERAND *panels = s->b;
+        if (b.packed)
+            panels = b.packed + NAME(panel_elements)(kernels, place.col, depth) +
+                     NAME(panel_elements)(kernels, place.cols, from);
+        else
+            NAME(pack_weights)(kernels, &b, from, deep, place.col, place.cols, kernels->OF_OPERAND(tile_cols), s->b);
+        const fetch ahead = NAME(fetch_weights)(&b, place, next, b.packed ? 0 : least(NAME(DEPTH), depth - next));
+        NAME(multiply_packed)(kernels, place.rows, place.cols, NAME(packed_depth)(deep), rows, a.stride, panels, s->c,
+                              from > 0, ahead);
     }
 }

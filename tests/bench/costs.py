@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from contenders import ACTIVATION, Problem, Shape, ours, transformers_experts
 from measure import interleaved
@@ -53,15 +55,14 @@ def router_stage(seconds: float) -> Table:
     table = _table("Backward of the router stage over the full backward (at most 0.6)", "shape", "ratio")
     for shape in (Shape(768, 3072, 256), Shape(768, 3072, 1024), Shape(768, 3072, 1024, dtype="bfloat16")):
         torch.set_num_threads(shape.threads)
-        problem = Problem(shape)
-        x, weights = problem.x, problem.weights
-        y = ours(problem.experts)(x, problem.indices, weights)
-        experts = list(problem.experts.parameters())
-
-        def backward(leaves: list[Tensor], y=y, dy=problem.dy):
-            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True) and None
-
-        times = interleaved({"router": backward([x, weights]), "full": backward([x, weights, *experts])}, seconds)
+        backwards = {}
+        for name in ("full", "router"):
+            problem = Problem(shape)
+            problem.experts.requires_grad_(name == "full")
+            leaves = [problem.x, problem.weights, *(p for p in problem.experts.parameters() if p.requires_grad)]
+            y = ours(problem.experts)(problem.x, problem.indices, problem.weights)
+            backwards[name] = partial(torch.autograd.grad, y, leaves, problem.dy, retain_graph=True)
+        times = interleaved(backwards, seconds)
         table.add_row(str(shape), f"{times['router'].median / times['full'].median:.2f}")
     return table
 

@@ -63,7 +63,8 @@ struct Problem {
                 weights.data(),
                 permutation.data(),
                 offsets.data(),
-                inverse.data()};
+                inverse.data(),
+                nullptr};
     }
 };
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "mmbal/cpu.h"
+#include "mmbal/expert_mlp.h"
 #include "mmbal/philox.h"
 
 namespace py = pybind11;
@@ -34,6 +35,14 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4> &counter, const std
     return words;
 }
 
+int64_t packed_bytes(const std::string &dtype, int64_t D, int64_t F, int64_t E) {
+    const mmbal_dtype code = dtype == "float64"    ? MMBAL_F64
+                             : dtype == "bfloat16" ? MMBAL_BF16
+                             : dtype == "float16"  ? MMBAL_F16
+                                                   : MMBAL_F32;
+    return mmbal_expert_mlp_packed_bytes(code, {0, D, F, E, 1});
+}
+
 } // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -46,6 +55,8 @@ PYBIND11_MODULE(_core, m) {
         "multiplies_bfloat16", [] { return mmbal_isa_in_use() >= MMBAL_ISA_AVX512_BF16; },
         "Whether those kernels have products of bfloat16; otherwise it is converted to float32.");
     m.def("is_isa_name", &is_isa_name, py::arg("name"), "Whether name is a value that MMBAL_ISA may have.");
+    m.def("expert_mlp_packed_bytes", &packed_bytes, py::arg("dtype"), py::arg("D"), py::arg("F"), py::arg("E"),
+          "Bytes of the tensor that mmbal::expert_mlp_pack returns.");
     m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
           "The four words of Philox4x32-10 for a counter of four and a key of two 32-bit words.");
     m.attr("version") = MMBAL_VERSION;

@@ -9,15 +9,15 @@ namespace {
 struct Call {
     const char *op;
     Tensor x, w1, w2, weights, permutation, offsets, inverse;
-    std::optional<Tensor> b1, b2;
+    std::optional<Tensor> b1, b2, packed;
     mmbal_dtype dtype{};
     mmbal_expert_mlp_shape shape{};
     mmbal_expert_mlp_options options{};
 
     mmbal_expert_mlp_inputs inputs() const {
-        return {x.const_data_ptr(),      w1.const_data_ptr(), data_or_null(b1),
-                w2.const_data_ptr(),     data_or_null(b2),    weights.const_data_ptr(),
-                index_data(permutation), index_data(offsets), index_data(inverse)};
+        return {x.const_data_ptr(),  w1.const_data_ptr(),      data_or_null(b1),        w2.const_data_ptr(),
+                data_or_null(b2),    weights.const_data_ptr(), index_data(permutation), index_data(offsets),
+                index_data(inverse), data_or_null(packed)};
     }
 
     void check_shapes() {
@@ -60,6 +60,14 @@ struct Call {
         b1 = contiguous(b1), b2 = contiguous(b2);
     }
 
+    void check_packed() const {
+        if (!packed) return;
+        check_dtype(op, "packed", *packed, ScalarType::Byte);
+        check_shape(op, "packed", *packed, "[bytes], as expert_mlp_pack returns it for these weights,",
+                    {mmbal_expert_mlp_packed_bytes(dtype, shape)});
+        STD_TORCH_CHECK(packed->is_contiguous(), op, ": packed must be contiguous");
+    }
+
     void check_result(mmbal_status status) const {
         STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op,
                         ": permutation, offsets and inverse do not belong together; take them from one moe_dispatch");
@@ -81,9 +89,10 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
                                               std::optional<Tensor> b2, Tensor weights, Tensor permutation,
                                               Tensor offsets, Tensor inverse, std::string activation, double dropout,
                                               double output_dropout, int64_t seed, int64_t offset,
-                                              bool keep_preactivation) {
-    Call call{"expert_mlp", x, w1, w2, weights, permutation, offsets, inverse, b1, b2};
+                                              bool keep_preactivation, std::optional<Tensor> packed) {
+    Call call{"expert_mlp", x, w1, w2, weights, permutation, offsets, inverse, b1, b2, packed};
     call.check_shapes();
+    call.check_packed();
     call.check_options(activation, dropout, output_dropout, seed, offset);
     call.make_contiguous();
     const auto [N, D, F, E, K] = call.shape;
@@ -101,6 +110,25 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
     return {y, preactivation};
 }
 
+Tensor expert_mlp_pack(Tensor w1, Tensor w2) {
+    const char *op = "expert_mlp_pack";
+    check_shape(op, "w1", w1, "[E, F, D]", {-1, -1, -1});
+    const mmbal_dtype dtype = storage_dtype(op, "w1", w1);
+    const int64_t E = w1.size(0), F = w1.size(1), D = w1.size(2);
+    STD_TORCH_CHECK(E >= 1 && F >= 1 && D >= 1, op, ": w1 must be [E, F, D] with no size 0, got ",
+                    shape_text(w1.sizes()));
+    check_shape(op, "w2", w2, "[E, D, F]", {E, D, F});
+    check_dtype(op, "w2", w2, w1.scalar_type());
+    w1 = torch::stable::contiguous(w1), w2 = torch::stable::contiguous(w2);
+    const mmbal_expert_mlp_shape shape = {0, D, F, E, 1};
+    Tensor packed = torch::stable::new_empty(w1, {mmbal_expert_mlp_packed_bytes(dtype, shape)}, ScalarType::Byte);
+    TorchPool pool;
+    check(mmbal_expert_mlp_pack(dtype, w1.const_data_ptr(), w2.const_data_ptr(), shape, packed.mutable_data_ptr(),
+                                pool.get()),
+          op);
+    return packed;
+}
+
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // A gradient that is not needed comes back with shape [0].
@@ -108,7 +136,7 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
                                Tensor permutation, Tensor offsets, Tensor inverse, Tensor preactivation,
                                std::string activation, double dropout, double output_dropout, int64_t seed,
                                int64_t offset, std::vector<bool> needed) {
-    Call call{"expert_mlp_backward", x, w1, w2, weights, permutation, offsets, inverse, std::nullopt, b2};
+    Call call{"expert_mlp_backward", x, w1, w2, weights, permutation, offsets, inverse, std::nullopt, b2, std::nullopt};
     call.check_shapes();
     call.check_options(activation, dropout, output_dropout, seed, offset);
     const auto [N, D, F, E, K] = call.shape;
@@ -151,7 +179,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
           "SymInt seed=0, SymInt offset=0) -> Tensor");
     m.def("expert_mlp_forward(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor weights, "
           "Tensor permutation, Tensor offsets, Tensor inverse, str activation, float dropout, float output_dropout, "
-          "SymInt seed, SymInt offset, bool keep_preactivation) -> (Tensor y, Tensor preactivation)");
+          "SymInt seed, SymInt offset, bool keep_preactivation, Tensor? packed=None) -> (Tensor y, Tensor "
+          "preactivation)");
+    m.def("expert_mlp_pack(Tensor w1, Tensor w2) -> Tensor packed");
     m.def("expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor weights, "
           "Tensor permutation, Tensor offsets, Tensor inverse, Tensor preactivation, str activation, float dropout, "
           "float output_dropout, SymInt seed, SymInt offset, bool[] needed) "
@@ -159,5 +189,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
     m.impl("expert_mlp_forward", TORCH_BOX(&mmbal::expert_mlp_forward));
+    m.impl("expert_mlp_pack", TORCH_BOX(&mmbal::expert_mlp_pack));
     m.impl("expert_mlp_backward", TORCH_BOX(&mmbal::expert_mlp_backward));
 }

@@ -13,6 +13,7 @@ from mmbal.moe import (
     RouterRecord,
     collect_router,
     freeze_except_router,
+    pack,
     router_losses,
 )
 from mmbal.upcycling import upcycle
@@ -27,6 +28,7 @@ __all__ = [
     "freeze_except_router",
     "load_clip_moe",
     "mcl",
+    "pack",
     "router_losses",
     "save_clip_moe",
     "upcycle",

@@ -6,6 +6,7 @@
 import torch
 from torch.library import register_autograd, register_fake
 
+from mmbal import _core
 from mmbal._library import check_devices, implementations, ops, refuse_double_backward
 
 
@@ -68,7 +69,7 @@ implementations.impl("expert_mlp", _autocast("cpu"), "AutocastCPU")
 
 
 @register_fake("mmbal::expert_mlp_forward")
-def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1, inverse_NK, *options):
+def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1, inverse_NK, *options, packed=None):
     check_devices(
         "expert_mlp",
         x=x_ND,
@@ -81,9 +82,17 @@ def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1,
         offsets=offsets_E1,
         inverse=inverse_NK,
     )
-    keep_preactivation = options[-1]
+    keep_preactivation = options[5]
     R = weights_NK.shape[0] * weights_NK.shape[1] if keep_preactivation else 0
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(R, w1_EFD.shape[1])
+
+
+@register_fake("mmbal::expert_mlp_pack")
+def _(w1_EFD, w2_EDF):
+    check_devices("expert_mlp_pack", w1=w1_EFD, w2=w2_EDF)
+    E, F, D = (int(size) for size in w1_EFD.shape)
+    name = str(w1_EFD.dtype).removeprefix("torch.")
+    return w1_EFD.new_empty(_core.expert_mlp_packed_bytes(name, D, F, E), dtype=torch.uint8)
 
 
 @register_fake("mmbal::expert_mlp_backward")
@@ -97,7 +106,8 @@ def _(dy_ND, x_ND, w1_EFD, w2_EDF, b2_ED, weights_NK, *rest):
 
 
 def _save(ctx, inputs, output):
-    x_ND, w1_EFD, _, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1, inverse_NK, *ctx.options, keep = inputs
+    x_ND, w1_EFD, _, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1, inverse_NK, *options = inputs
+    *ctx.options, keep, packed = options
     preactivation_RF = output[1]
     if not keep:
         raise RuntimeError("expert_mlp_forward: keep_preactivation must be True where a gradient is asked for")

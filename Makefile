@@ -62,9 +62,18 @@ test-python: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 .PHONY: bench
-bench: $(INSTALLED) ## benchmarks against peers
-	@test -f tests/bench/run.py || { echo "There are no benchmarks yet: tests/bench/run.py is missing."; exit 1; }
+bench: $(INSTALLED) bench-phases ## benchmarks against peers, a chosen subset in less than ten minutes
 	$(VENV)/bin/python tests/bench/run.py $(ARGS)
+
+.PHONY: bench-full
+bench-full: $(INSTALLED) ## benchmarks of every shape, hours; goes on where it was stopped
+	$(VENV)/bin/python tests/bench/run.py --full $(ARGS)
+
+.PHONY: bench-phases
+bench-phases: $(VENV)/mmbal-tools
+	cmake -S . -B build/bench-build -G Ninja -DMMBAL_BUILD_BENCH=ON -DMMBAL_WERROR=ON --log-level=WARNING
+	cmake --build build/bench-build --target phases
+	build/bench-build/phases
 
 .PHONY: lint
 lint: $(INSTALLED) ## check the format of all sources (clang-format, ruff)

@@ -37,6 +37,7 @@ struct Problem {
     std::vector<Stored> x, w1, b1, w2, b2, dy;
     std::vector<Real> weights;
     std::vector<int64_t> indices, permutation, offsets, inverse;
+    const void *packed = nullptr;
 
     explicit Problem(const Spec &s, uint64_t seed = 1) : spec(s) {
         Random random(seed);
@@ -64,7 +65,7 @@ struct Problem {
                 permutation.data(),
                 offsets.data(),
                 inverse.data(),
-                nullptr};
+                packed};
     }
 };
 

@@ -84,6 +84,38 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasAcrossBlockBorders) {
     expect_both<TypeParam>({.N = 150, .D = 20, .F = 257, .E = 2, .K = 2, .only_expert = 1});
     expect_both<TypeParam>({.N = 270, .D = 9, .F = 385, .E = 1, .K = 1, .dropout = 0.3, .output_dropout = 0.2});
     expect_both<TypeParam>({.N = 3, .D = 600, .F = 5, .E = 3, .K = 2, .dropout = 0.3, .output_dropout = 0.2});
+    expect_both<TypeParam>({.N = 461, .D = 5, .F = 9, .E = 1, .K = 1});
+    expect_both<TypeParam>({.N = 2, .D = 3, .F = 1100, .E = 1, .K = 1});
+}
+
+TYPED_TEST(ExpertMlp, FollowsItsFormulasAcrossWavesOfExperts) {
+    expect_both<TypeParam>({.N = 800, .D = 6, .F = 11, .E = 5, .K = 2, .dropout = 0.2, .output_dropout = 0.1});
+    expect_both<TypeParam>({.N = 1100, .D = 3, .F = 4, .E = 3, .K = 1, .only_expert = 1});
+}
+
+TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenWeightsAreLargeEnoughToBypassTheCaches) {
+    expect_both<TypeParam>({.N = 3, .D = 513, .F = 517, .E = 8, .K = 1});
+}
+
+TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
+    for (const Spec &s : {Spec{}, Spec{.N = 70, .D = 1, .F = 1}, Spec{.N = 30, .D = 600, .F = 259, .E = 3},
+                          Spec{.N = 700, .D = 19, .F = 200, .E = 3, .K = 2}}) {
+        Problem<TypeParam> p(s);
+        const mmbal_pool pool = mmbal_pool_serial();
+        Guarded<unsigned char> packed(mmbal_expert_mlp_packed_bytes(TypeParam::dtype, s.shape()));
+        ASSERT_EQ(mmbal_expert_mlp_pack(TypeParam::dtype, p.w1.data(), p.w2.data(), s.shape(), packed.data(), &pool),
+                  MMBAL_OK);
+        ASSERT_TRUE(packed.intact());
+        const auto plain = run_forward(p);
+        p.packed = packed.data();
+        std::fill(p.w1.begin(), p.w1.end(), TypeParam::store(NAN)); // nothing but the packed weights is read
+        std::fill(p.w2.begin(), p.w2.end(), TypeParam::store(NAN));
+        for_each_pool([&](const std::string &name, const mmbal_pool &threads) {
+            const auto got = run_forward(p, threads);
+            EXPECT_EQ(got.status, MMBAL_OK);
+            EXPECT_TRUE(same_bits(got.y, plain.y)) << name;
+        });
+    }
 }
 
 TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenAllTokensGoToOneExpert) {
@@ -198,7 +230,9 @@ void expect_same(const Backward<T> &a, const Backward<T> &b, const std::string &
 TYPED_TEST(ExpertMlp, SameBitsWithAnyPool) {
     const Spec specs[] = {{.N = 40, .D = 65, .F = 300, .E = 3, .dropout = 0.3, .output_dropout = 0.2},
                           {.N = 130, .D = 200, .F = 17, .E = 4, .activation = MMBAL_GELU},
-                          {.N = 33, .D = 3, .F = 5, .E = 64, .K = 3}};
+                          {.N = 33, .D = 3, .F = 5, .E = 64, .K = 3},
+                          // Other waves of experts with every number of workers.
+                          {.N = 1300, .D = 5, .F = 7, .E = 6, .K = 2}};
     for (const Spec &s : specs) {
         const Problem<TypeParam> p(s);
         const auto forward = run_forward(p);
@@ -439,6 +473,9 @@ TEST(ExpertMlpStatus, UnknownDtypeIsUnsupportedAndNeedsNoWorkspace) {
         Guarded<double> y(6);
         EXPECT_EQ(mmbal_expert_mlp_workspace(dtype, p.spec.shape(), p.offsets.data(), 1), 0);
         EXPECT_EQ(mmbal_expert_mlp_backward_workspace(dtype, p.spec.shape(), p.offsets.data(), 1), 0);
+        EXPECT_EQ(mmbal_expert_mlp_packed_bytes(dtype, p.spec.shape()), 0);
+        EXPECT_EQ(mmbal_expert_mlp_pack(dtype, p.w1.data(), p.w2.data(), p.spec.shape(), y.data(), &pool),
+                  MMBAL_UNSUPPORTED);
         EXPECT_EQ(mmbal_expert_mlp(dtype, &inputs, p.spec.shape(), &options, y.data(), nullptr, nullptr, &pool),
                   MMBAL_UNSUPPORTED);
         EXPECT_EQ(mmbal_expert_mlp_backward(dtype, p.dy.data(), &inputs, p.x.data(), p.spec.shape(), &options, &none,

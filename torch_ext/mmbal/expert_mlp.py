@@ -107,7 +107,7 @@ def _(dy_ND, x_ND, w1_EFD, w2_EDF, b2_ED, weights_NK, *rest):
 
 def _save(ctx, inputs, output):
     x_ND, w1_EFD, _, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1, inverse_NK, *options = inputs
-    *ctx.options, keep, packed = options
+    *ctx.options, keep, _ = options
     preactivation_RF = output[1]
     if not keep:
         raise RuntimeError("expert_mlp_forward: keep_preactivation must be True where a gradient is asked for")

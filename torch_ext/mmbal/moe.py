@@ -233,10 +233,10 @@ def _warn_once(message):
 def pack(model: nn.Module) -> int:
     """Keep the weights of every mixture in ``model`` once more, laid out as the kernels read them: faster inference.
 
-    For a model in evaluation mode on the CPU, run under ``torch.no_grad()`` or ``torch.inference_mode()``. It gains most
-    where few tokens meet large experts. The copies are dropped by ``train()``, by ``load_state_dict``, by moving or
-    casting the model, and by any forward with gradients enabled; they are not saved. Call ``pack`` again after weights
-    were changed in place: nothing else can tell.
+    For a model in evaluation mode on the CPU, run under ``torch.no_grad()`` or ``torch.inference_mode()``. It gains
+    most where few tokens meet large experts. The copies are dropped by ``train()``, by ``load_state_dict``, by moving
+    or casting the model, and by any forward with gradients enabled; they are not saved. Call ``pack`` again after
+    weights were changed in place: nothing else can tell.
 
     Returns the bytes that the copies take: those of the expert weights in float32, float64 and, on processors that
     multiply bfloat16, bfloat16; twice them for half types that are multiplied as float32.

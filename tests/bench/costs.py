@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from contenders import ACTIVATION, Problem, Shape, ours, transformers_experts
+from contenders import ACTIVATION, Problem, Shape, expert_loop, ours, transformers_experts
 from measure import interleaved
 from rich.table import Table
 from torch import Tensor
@@ -68,8 +68,9 @@ def router_stage(seconds: float) -> Table:
 
 
 def routing_cost(seconds: float) -> Table:
-    """Top-k, dispatch, combine and the balance loss, forward and backward, over the step of a whole layer."""
-    table = _table("Routing over the step of a layer (under 2 %)", "part", "ms", "share")
+    """Top-k, dispatch and balance loss, forward and backward, over the step of a whole layer. What gathering and
+    combining cost is in the table of `make bench-phases`."""
+    table = _table("Routing over the step of a layer (with gather and combine under 2 %)", "part", "ms", "share")
     shape = Shape(768, 3072, 4096)
     torch.set_num_threads(shape.threads)
     torch.manual_seed(0)
@@ -79,7 +80,6 @@ def routing_cost(seconds: float) -> Table:
     logits = torch.randn(N, shape.E, requires_grad=True)
     indices = torch.ops.mmbal.moe_topk(logits.detach(), K)[1]
     dweights = torch.randn(N, K)
-    narrow = Problem(Shape(D, 1, N))  # F = 1: what is left of expert_mlp is gathering, combining and their backwards
 
     def step() -> None:
         with mmbal.collect_router(layer) as routers:
@@ -87,17 +87,10 @@ def routing_cost(seconds: float) -> Table:
         balance = mmbal.router_losses(routers, load_balance=0.01).total
         torch.autograd.backward([y, balance], [dy, None])
 
-    def topk() -> None:
-        torch.ops.mmbal.moe_topk(logits, K)[0].backward(dweights)
-
-    def balance() -> None:
-        torch.ops.mmbal.load_balance_loss(logits, indices).backward()
-
     parts = {
-        "top-k": topk,
+        "top-k": lambda: torch.ops.mmbal.moe_topk(logits, K)[0].backward(dweights),
         "dispatch": lambda: torch.ops.mmbal.moe_dispatch(indices, shape.E) and None,
-        "balance loss": balance,
-        "gather and combine (expert_mlp with F = 1)": narrow.contenders(["mmbal"])["mmbal"],
+        "balance loss": lambda: torch.ops.mmbal.load_balance_loss(logits, indices).backward(),
     }
     times = interleaved(parts | {"step": step}, seconds)
     whole = times["step"].median
@@ -106,4 +99,28 @@ def routing_cost(seconds: float) -> Table:
     total = sum(times[name].median for name in parts)
     table.add_row("together", f"{1e3 * total:.2f}", f"{100 * total / whole:.2f} %")
     table.add_row("step", f"{1e3 * whole:.1f}", "")
+    return table
+
+
+def inference(seconds: float) -> Table:
+    """A forward without gradients: packed weights against the same layer without them, and the fastest peer."""
+    table = _table("Inference, times faster than", "shape", "without mmbal.pack", "grouped_mm", "loop")
+    for shape in (Shape(768, 3072, 16), Shape(768, 3072, 64), Shape(768, 3072, 1024)):
+        torch.set_num_threads(shape.threads)
+        problem = Problem(shape)
+        experts, x, indices, weights = problem.experts, problem.x, problem.indices, problem.weights
+        packed = torch.ops.mmbal.expert_mlp_pack(experts.up_proj.detach(), experts.down_proj.detach())
+
+        def run_packed(experts=experts, x=x, indices=indices, weights=weights, packed=packed) -> None:
+            routing = torch.ops.mmbal.moe_dispatch(indices, experts.num_experts)
+            biased = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+            plain = (ACTIVATION, 0.0, 0.0, 0, 0, False)
+            torch.ops.mmbal.expert_mlp_forward(x, *biased, weights, *routing, *plain, packed=packed)
+
+        rivals = {"plain": ours, "grouped_mm": partial(transformers_experts, "grouped_mm"), "loop": expert_loop}
+        runs = {name: partial(make(experts), x, indices, weights) for name, make in rivals.items()}
+        with torch.no_grad():
+            times = interleaved(runs | {"packed": run_packed}, seconds)
+        mine = times["packed"].median
+        table.add_row(str(shape), *(f"{times[name].median / mine:.2f}" for name in rivals))
     return table

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from contenders import Problem, Shape
-from costs import kept_bytes, router_stage, routing_cost
+from costs import inference, kept_bytes, router_stage, routing_cost
 from measure import interleaved, peak_gflops
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +36,8 @@ def subset() -> list[Shape]:
     shapes += [Shape(768, 3072, 256, routing=routing) for routing in ("zipf", "one")]
     shapes += [Shape(768, 3072, N, threads=1) for N in (64, 256)]
     shapes += [Shape(768, 3072, N, dtype="bfloat16") for N in (16, 64, 256, 1024)]
-    shapes += [Shape(512, 2048, 77 * 32, dtype="bfloat16"), Shape(1024, 4096, 64, dtype="bfloat16")]
+    shapes += [Shape(768, 3072, 4096, dtype="bfloat16"), Shape(1024, 4096, 64, dtype="bfloat16")]
+    shapes += [Shape(512, 2048, 77 * 32, dtype="bfloat16")]
     return shapes
 
 
@@ -185,7 +186,8 @@ def main() -> None:
             console.print(ratio_table(of, dtype), highlight=False)
     console.print(summary(results), highlight=False)
     if not options.no_costs:
-        for table in (kept_bytes(), router_stage(options.seconds), routing_cost(options.seconds)):
+        seconds = options.seconds
+        for table in (kept_bytes(), router_stage(seconds), routing_cost(seconds), inference(seconds)):
             console.print(table, highlight=False)
     console.print(f"{time.perf_counter() - begin:.0f} s; every figure: {path}", highlight=False)
 

@@ -332,3 +332,28 @@ def test_the_seed_may_be_any_64_bit_number_and_the_offset_has_56_bits():
     for offset in (-1, 2**56):
         with pytest.raises(RuntimeError, match="expert_mlp: .*offset"):
             expert_mlp(*arguments, dropout=0.5, offset=offset)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_workspace_that_cannot_be_had_is_an_error_and_the_next_call_works(tmp_path):
+    script = """
+import resource, torch, mmbal
+E, D, F, N = 2, 64, 4096, 40000
+torch.manual_seed(0)
+x, weights = torch.randn(N, D), torch.ones(N, 1)
+w1, w2 = torch.randn(E, F, D), torch.randn(E, D, F)
+routing = torch.ops.mmbal.moe_dispatch(torch.zeros(N, 1, dtype=torch.int64), E)
+few = torch.ops.mmbal.moe_dispatch(torch.zeros(3, 1, dtype=torch.int64), E)
+run = lambda n, routing: torch.ops.mmbal.expert_mlp(x[:n], w1, None, w2, None, weights[:n], *routing)
+before = run(3, few)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)  # the call needs 700 MiB
+try:
+    run(N, routing)
+except RuntimeError as error:
+    assert "allocate" in str(error), error
+else:
+    raise AssertionError("no error")
+assert torch.equal(run(3, few), before)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -351,7 +351,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)  # the call ne
 try:
     run(N, routing)
 except RuntimeError as error:
-    assert "allocate" in str(error), error
+    assert "mmbal: cannot allocate a workspace of" in str(error), error
 else:
     raise AssertionError("no error")
 assert torch.equal(run(3, few), before)

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -138,7 +139,11 @@ public:
     Workspace(const Tensor &like, int64_t bytes) : memory_(kept().exchange(nullptr)) {
         if (memory_ && memory_->numel() >= bytes) return;
         delete memory_;
-        memory_ = new Tensor(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
+        try {
+            memory_ = new Tensor(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
+        } catch (const std::exception &) { // whose message names a function of torch, not what is missing
+            STD_TORCH_CHECK(false, "mmbal: cannot allocate a workspace of ", bytes, " bytes");
+        }
         ask_for_large_pages(*memory_);
     }
     ~Workspace() {

@@ -1,5 +1,4 @@
 # The C core (mmbal::core) and the OpenMP pool (mmbal::openmp), built, installed and exported.
-include(CheckCCompilerFlag)
 include(CheckCSourceCompiles)
 include(CMakePackageConfigHelpers)
 
@@ -17,8 +16,18 @@ check_c_source_compiles("
 #error not x86-64
 #endif
 int main(void) { return 0; }" MMBAL_X86)
-check_c_compiler_flag(-mavx512bf16 MMBAL_HAS_AVX512_BF16) # GCC 10, Clang 9
-check_c_compiler_flag("-mamx-tile -mamx-bf16" MMBAL_HAS_AMX) # GCC 11, Clang 12
+# Compiler and assembler must both know the instructions: GCC 10 or Clang 9, GCC 11 or Clang 12, and their binutils.
+set(CMAKE_REQUIRED_FLAGS "-mavx512f -mavx512bf16")
+check_c_source_compiles("
+#include <immintrin.h>
+__m512 f(__m512 c, __m512bh a) { return _mm512_dpbf16_ps(c, a, a); }
+int main(void) { return 0; }" MMBAL_HAS_AVX512_BF16)
+set(CMAKE_REQUIRED_FLAGS "-mamx-tile -mamx-bf16")
+check_c_source_compiles("
+#include <immintrin.h>
+void f(void *p) { _tile_loadconfig(p); _tile_loadd(0, p, 64); _tile_dpbf16ps(1, 0, 0); }
+int main(void) { return 0; }" MMBAL_HAS_AMX)
+unset(CMAKE_REQUIRED_FLAGS)
 if(NOT MMBAL_X86)
   list(FILTER core_sources EXCLUDE REGEX ${isa_regex})
 endif()

@@ -62,7 +62,8 @@ typedef struct mmbal_expert_mlp_inputs {
     const void *packed;         /* what mmbal_expert_mlp_pack made of w1 and w2, for a faster forward; or NULL */
 } mmbal_expert_mlp_inputs;
 
-/* Bytes of the packed weights of E experts; N and K of the shape do not matter. 0 for an unknown dtype. */
+/* Bytes of the packed weights of E experts; N and K of the shape do not matter, nor does the alignment of the memory. 0
+ * for an unknown dtype or a size below 1. */
 int64_t mmbal_expert_mlp_packed_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape);
 
 /* Lays the weights out as the products of the forward read them, so that they need not be packed in every call. The
@@ -78,7 +79,8 @@ int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape sha
 int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
                                             int workers);
 
-/* MMBAL_INVALID_INDEX when permutation, offsets and inverse do not belong together. */
+/* MMBAL_INVALID_ARGUMENT without a workspace, MMBAL_INVALID_INDEX when permutation, offsets and inverse do not belong
+ * together: outputs are untouched then. They are undefined after a status that came from the pool. */
 mmbal_status mmbal_expert_mlp(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *inputs, mmbal_expert_mlp_shape shape,
                               const mmbal_expert_mlp_options *options, void *y, /* [N, D] out */
                               void *preactivation,                              /* [R, F] out, u, or NULL */

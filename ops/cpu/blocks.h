@@ -6,8 +6,8 @@
 
 /* A block of the result is at most BLOCK_ROWS x BLOCK_COLS, and its depth is taken by steps of DEPTH_BYTES of operands.
  * The packed right factor (192 KiB) and the block (336 KiB of float32) stay in a second-level cache of 1 MiB; the left
- * factor is read where it lies. BLOCK_ROWS is a multiple of every tile's rows but AVX2's, BLOCK_COLS of every tile's
- * columns. Sizes up to a half more or less came out within 5 %. */
+ * factor is read where it lies. BLOCK_COLS is a multiple of every tile's columns. Sizes up to a half more or less came
+ * out within 5 %. */
 enum { BLOCK_ROWS = 448, BLOCK_COLS = 192, DEPTH_BYTES = 1024 };
 
 /* Rows that packing has on the way from memory. */
@@ -22,7 +22,7 @@ typedef struct block {
 
 /* Rows of the blocks that `rows` rows are cut into: equal, whole tiles, at most `most`. */
 static inline int64_t block_height(int64_t rows, int64_t most, int tile_rows) {
-    const int64_t pieces = ceil_div(rows, most);
+    const int64_t pieces = ceil_div(rows, most / tile_rows * tile_rows);
     return pieces ? ceil_div(ceil_div(rows, pieces), tile_rows) * tile_rows : tile_rows;
 }
 

@@ -89,8 +89,9 @@ static int choose_isa(void) {
     if (features & MMBAL_CPU_AVX512) best = MMBAL_ISA_AVX512;
     if (features & MMBAL_CPU_AVX512_BF16) best = MMBAL_ISA_AVX512_BF16;
     if (features & MMBAL_CPU_AMX_BF16) best = MMBAL_ISA_AMX;
+    if (best > cap) best = cap;
     while (!mmbal_kernels_of(best)) best--; /* a build without the compiler's support for an instruction set */
-    return best < cap ? best : cap;
+    return best;
 }
 
 mmbal_isa mmbal_isa_in_use(void) {

@@ -28,11 +28,12 @@ static mmbal_status run_passes(const pass *passes, size_t count, void *call, con
     return status;
 }
 
-/* Rows of a block: high blocks pack the weights seldom, but a few blocks for each worker keep all of them busy. */
-static int64_t rows_for_balance(mmbal_expert_mlp_shape s, int workers) {
+/* Rows of a block of a wave: high blocks pack the weights seldom, but a few blocks for each worker keep all of them
+ * busy. */
+static int64_t rows_for_balance(mmbal_expert_mlp_shape s, int64_t wave_rows, int workers) {
     const int64_t across = ceil_div(s.D < s.F ? s.D : s.F, BLOCK_COLS), wanted = 8 * (int64_t)workers;
     int64_t rows = BLOCK_ROWS;
-    while (rows > BLOCK_ROWS / 4 && ceil_div(s.N * s.K, rows) * across < wanted) rows /= 2;
+    while (rows > BLOCK_ROWS / 4 && ceil_div(wave_rows, rows) * across < wanted) rows /= 2;
     return rows;
 }
 
@@ -102,14 +103,14 @@ static mmbal_status backward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape sha
 int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
                                    int workers) {
     int64_t bytes = 0;
-    if (!shape_ok(shape) || !offsets_ok(offsets, shape)) return 0;
+    if (!shape_ok(shape) || workers < 1 || !offsets_ok(offsets, shape)) return 0;
     return forward_bytes(dtype, shape, offsets, workers, &bytes) == MMBAL_OK ? bytes : 0;
 }
 
 int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
                                             int workers) {
     int64_t bytes = 0;
-    if (!shape_ok(shape) || !offsets_ok(offsets, shape)) return 0;
+    if (!shape_ok(shape) || workers < 1 || !offsets_ok(offsets, shape)) return 0;
     return backward_bytes(dtype, shape, offsets, workers, &bytes) == MMBAL_OK ? bytes : 0;
 }
 
@@ -119,6 +120,7 @@ static mmbal_status packed_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape
 
 int64_t mmbal_expert_mlp_packed_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape) {
     int64_t bytes = 0;
+    if (shape.D < 1 || shape.F < 1 || shape.E < 1) return 0;
     return packed_bytes(dtype, shape, &bytes) == MMBAL_OK ? bytes : 0;
 }
 

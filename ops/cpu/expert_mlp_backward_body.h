@@ -230,6 +230,7 @@ static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs
                                    mmbal_expert_mlp_shape shape, const mmbal_expert_mlp_options *options,
                                    const mmbal_expert_mlp_gradients *gradients, void *workspace,
                                    const mmbal_pool *pool) {
+    if (!workspace) return MMBAL_INVALID_ARGUMENT;
     NAME(call) c = NAME(begin_call)(inputs, shape, options, pool->workers);
     arena from = {(uintptr_t)workspace};
     NAME(backward_workspace)(&c, pool->workers, &from);

@@ -41,8 +41,8 @@ static NAME(call) NAME(begin_call)(const mmbal_expert_mlp_inputs *in, mmbal_expe
     const mmbal_kernels *kernels = mmbal_kernels_in_use();
     NAME(call) c = {.kernels = kernels, .N = s.N, .D = s.D, .F = s.F, .E = s.E, .K = s.K, .R = s.N * s.K};
     c.tile_rows = kernels->OF_OPERAND(tile_rows);
-    c.most_rows = rows_for_balance(s, workers);
     c.wave_rows = largest_wave(in->offsets, s.E, workers);
+    c.most_rows = rows_for_balance(s, c.wave_rows, workers);
     c.turned_stride = NAME(turned_stride)(c.wave_rows, s.E);
     c.past_caches = s.E * s.F * s.D * (int64_t)sizeof(STORED) >= STREAMED_BYTES;
     c.activation = options->activation;

@@ -83,6 +83,7 @@ static mmbal_status NAME(combine_task)(void *context, int worker, int64_t begin,
 static mmbal_status NAME(forward)(const mmbal_expert_mlp_inputs *inputs, mmbal_expert_mlp_shape shape,
                                   const mmbal_expert_mlp_options *options, void *y, void *preactivation,
                                   void *workspace, const mmbal_pool *pool) {
+    if (!workspace) return MMBAL_INVALID_ARGUMENT;
     NAME(call) c = NAME(begin_call)(inputs, shape, options, pool->workers);
     arena from = {(uintptr_t)workspace};
     NAME(forward_workspace)(&c, pool->workers, &from);

@@ -6,6 +6,9 @@
 
 enum { TILE_ROWS_BF16 = 32, TILE_COLS_BF16 = 32, AMX_ROWS = 16, AMX_DEPTH = 32 };
 
+/* The compiler's headers do not say which memory the instructions read, so what was written to it must be there. */
+#define AMX_MEMORY_IS_READ(pointer) __asm__ volatile("" : : "r"(pointer) : "memory")
+
 /* Intel SDM vol. 2A, LDTILECFG: what each register holds. */
 typedef struct amx_config {
     uint8_t palette, start_row, reserved[14];
@@ -23,6 +26,7 @@ static inline void amx_configure(int upper, int lower, int64_t depth) {
         config.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? 4 * pairs : 64);
         config.rows[i] = (uint8_t)(rows[i] > 0 ? rows[i] : 1);
     }
+    AMX_MEMORY_IS_READ(&config);
     _tile_loadconfig(&config);
 }
 

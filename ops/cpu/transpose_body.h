@@ -1,22 +1,21 @@
 /* Transposition for one width of element: WORD, an unsigned integer, which any element of that width may alias. */
 
-typedef WORD NAME(word) __attribute__((may_alias));
+typedef WORD NAME(word) __attribute__((aligned(2), may_alias)); /* two 16-bit elements may be a word */
 typedef WORD NAME(four) __attribute__((vector_size(4 * sizeof(WORD))));
-typedef NAME(four) NAME(unaligned_four) __attribute__((aligned(sizeof(WORD)), may_alias));
+typedef NAME(four) NAME(unaligned_four) __attribute__((aligned(2), may_alias));
 
 static inline void NAME(transpose_four)(const NAME(word) * from, int64_t from_stride, NAME(word) * to,
                                         int64_t to_stride) {
-    const NAME(four) low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
     const NAME(four) a = *(const NAME(unaligned_four) *)from;
     const NAME(four) b = *(const NAME(unaligned_four) *)(from + from_stride);
     const NAME(four) c = *(const NAME(unaligned_four) *)(from + 2 * from_stride);
     const NAME(four) d = *(const NAME(unaligned_four) *)(from + 3 * from_stride);
-    const NAME(four) ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
-    const NAME(four) cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
-    *(NAME(unaligned_four) *)to = __builtin_shuffle(ab_low, cd_low, first);
-    *(NAME(unaligned_four) *)(to + to_stride) = __builtin_shuffle(ab_low, cd_low, second);
-    *(NAME(unaligned_four) *)(to + 2 * to_stride) = __builtin_shuffle(ab_high, cd_high, first);
-    *(NAME(unaligned_four) *)(to + 3 * to_stride) = __builtin_shuffle(ab_high, cd_high, second);
+    const NAME(four) ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);
+    const NAME(four) cd_low = SHUFFLE(c, d, 0, 4, 1, 5), cd_high = SHUFFLE(c, d, 2, 6, 3, 7);
+    *(NAME(unaligned_four) *)to = SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+    *(NAME(unaligned_four) *)(to + to_stride) = SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+    *(NAME(unaligned_four) *)(to + 2 * to_stride) = SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+    *(NAME(unaligned_four) *)(to + 3 * to_stride) = SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
 }
 
 /* to[j, i] = from[i, j], 0 <= i < rows, 0 <= j < cols; strides in elements. Goes by stretches of four lines of each

@@ -59,7 +59,7 @@ def choose(shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 class Experts(nn.Module):
-    """Stacked weights, in transformers' names; `forward` is its loop over the experts that were hit ("eager")."""
+    """Stacked weights, in transformers' names."""
 
     def __init__(self, shape: Shape, generator: torch.Generator):
         super().__init__()

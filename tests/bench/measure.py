@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mmbal import _core
+
 
 @dataclass(frozen=True)
 class Times:
@@ -67,6 +69,8 @@ def _peak_library() -> ctypes.CDLL:
 def peak_gflops(dtype: str, threads: int, seconds: float = 0.05) -> float:
     """GFLOP/s of `threads` register-only loops side by side, a product and a sum counted as two; 0 where there is no
     such instruction."""
+    if dtype == "bfloat16" and _core.isa_in_use() == "amx":
+        return 0.0  # its peak is that of tiles, not of this loop
     function = getattr(_peak_library(), f"peak_{dtype}")
     with ThreadPoolExecutor(threads) as pool:
         return 2e-9 * sum(pool.map(function, [seconds] * threads))

@@ -24,7 +24,7 @@ typedef float vector __attribute__((vector_size(LANES * sizeof(float))));
 
 volatile float sink;
 
-/* Sums that do not wait for each other, twice as many as an instruction has cycles of latency times ports. */
+/* Sums that do not wait for each other: at least as many as an instruction has cycles of latency times ports. */
 double peak_float32(double seconds) {
     vector sum[SUMS], a = {0}, b = {0};
     for (int i = 0; i < LANES; i++) a[i] = 1.0f / (float)(i + 3), b[i] = 1e-3f;

@@ -13,8 +13,6 @@ constexpr mmbal_activation ACTIVATIONS[] = {MMBAL_QUICK_GELU, MMBAL_GELU, MMBAL_
 
 inline double sigmoid(double z) { return z >= 0 ? 1 / (1 + std::exp(-z)) : std::exp(z) / (1 + std::exp(z)); }
 
-// u sigmoid(gate(u)) is the form of three of them.
-// u times a factor that goes to 0 as exp(-|gate|) for negative u.
 inline bool is_gated(mmbal_activation activation) {
     return activation == MMBAL_QUICK_GELU || activation == MMBAL_GELU || activation == MMBAL_GELU_TANH ||
            activation == MMBAL_SILU;

@@ -17,7 +17,8 @@ TEST(Blocks, RowBlocksCoverEveryRowAndColumnOnce) {
         const int64_t most = random.pick<int64_t>({64, 112, 224, 448});
         const int tile_rows = random.pick<int>({4, 6, 14, 32});
         std::vector<int64_t> offsets = {0};
-        for (int64_t e = 0; e < E; e++) offsets.push_back(offsets.back() + random.pick<int64_t>({0, 1, 13, 600}));
+        for (int64_t e = 0; e < E; e++)
+            offsets.push_back(offsets.back() + random.pick<int64_t>({0, 1, 13, 446, 448, 600, 890, 896}));
         std::vector<int> seen(offsets.back() * cols);
         const int64_t count = count_row_blocks(offsets.data(), E, most, tile_rows, cols);
         for (int64_t index = 0; index < count; index++) {

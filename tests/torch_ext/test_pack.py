@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import mmbal
-from mmbal import moe as moe_module
+from mmbal import packing
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
 def each_warning_again():
-    moe_module._warn_once.cache_clear()
+    packing._warn_once.cache_clear()
 
 
 def mixture(dtype=torch.float32, dim=33, hidden=65, bias=True):
@@ -43,12 +43,15 @@ def test_packed_weights_are_those_of_every_layer_and_without_bias():
         plain = model(x)
         held = mmbal.pack(model)
         assert torch.equal(model(x), plain)
-    assert held == sum(layer._packed.nbytes for layer in model)
+    assert held == sum(layer._packed.panels.nbytes for layer in model)
 
 
-def test_pack_states_the_memory_of_padded_weights():
+def test_pack_states_the_memory():
     layer = mixture(dim=128, hidden=512)
     assert mmbal.pack(layer) == 4 * (layer.experts.w1.numel() + layer.experts.w2.numel())
+    padded = mixture(dim=33, hidden=65)
+    held = mmbal.pack(padded)
+    assert held == padded._packed.panels.nbytes > 4 * (padded.experts.w1.numel() + padded.experts.w2.numel())
 
 
 @pytest.mark.parametrize(
@@ -89,17 +92,61 @@ def test_autocast_takes_the_plain_path_and_says_so():
             assert torch.equal(layer(x), plain)
 
 
-def test_new_weights_are_seen_after_packing_again():
+def double_in_place(layer, x):
+    layer.experts.w1.mul_(2)
+    return layer(x)
+
+
+def load_the_experts_alone(layer, x):
+    layer.experts.load_state_dict({name: 2 * value for name, value in layer.experts.state_dict().items()})
+    return layer(x)
+
+
+def put_another_parameter(layer, x):
+    layer.experts.w2 = torch.nn.Parameter(2 * layer.experts.w2)
+    return layer(x)
+
+
+def call_with_other_parameters(layer, x):
+    other = {f"experts.{name}": 3 * value for name, value in layer.experts.named_parameters()}
+    return torch.func.functional_call(layer, other, (x,))
+
+
+@pytest.mark.parametrize(
+    "change", [double_in_place, load_the_experts_alone, put_another_parameter, call_with_other_parameters]
+)
+def test_weights_that_changed_are_seen_and_that_is_said(change):
     layer = mixture()
+    same = copy.deepcopy(layer)
     x = torch.randn(5, 33)
     with torch.no_grad():
         mmbal.pack(layer)
         before = layer(x)
-        layer.experts.w1.mul_(2)
+        with pytest.warns(UserWarning, match="mmbal.pack"):
+            after = change(layer, x)
+        assert torch.equal(after, change(same, x)) and not torch.equal(after, before)
+
+
+def test_a_mode_set_by_hand_counts_as_training():
+    layer = mixture()
+    layer.dropout = 0.5
+    mmbal.pack(layer)
+    layer.training = True
+    x = torch.randn(50, 33)
+    with torch.no_grad(), pytest.warns(UserWarning, match="dropped the packed weights"):
+        dropped = layer(x)
+    assert not torch.equal(dropped, layer.eval()(x).detach())
+
+
+def test_a_compiled_packed_layer_gives_the_same_values():
+    layer = mixture()
+    x = torch.randn(7, 33)
+    with torch.no_grad():
+        plain = layer(x)
         mmbal.pack(layer)
-        after = layer(x)
-        layer._packed = None
-        assert torch.equal(after, layer(x)) and not torch.equal(after, before)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), plain)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x).detach(), plain)
 
 
 def test_copies_on_disk_hold_no_packed_weights_and_deep_copies_work():

@@ -130,8 +130,9 @@ inline void ask_for_large_pages(const Tensor &t) {
 #endif
 }
 
-// Scratch memory for one call. The last one given back is kept for the next call, up to KEPT_BYTES: clearing fresh
-// pages costs a tenth of a training step. Two calls at once get two; there is nothing to wait for.
+// Scratch memory for one call (`mmbal info` names the limit). The last one given back is kept for the next call, up to
+// KEPT_BYTES: clearing fresh pages costs a tenth of a training step. Two calls at once get two; there is nothing to
+// wait for.
 class Workspace {
 public:
     static constexpr int64_t KEPT_BYTES = int64_t{256} << 20;

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -36,11 +38,12 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4> &counter, const std
 }
 
 int64_t packed_bytes(const std::string &dtype, int64_t D, int64_t F, int64_t E) {
-    const mmbal_dtype code = dtype == "float64"    ? MMBAL_F64
-                             : dtype == "bfloat16" ? MMBAL_BF16
-                             : dtype == "float16"  ? MMBAL_F16
-                                                   : MMBAL_F32;
-    return mmbal_expert_mlp_packed_bytes(code, {0, D, F, E, 1});
+    const std::map<std::string, mmbal_dtype> codes = {
+        {"float32", MMBAL_F32}, {"float64", MMBAL_F64}, {"bfloat16", MMBAL_BF16}, {"float16", MMBAL_F16}};
+    const auto code = codes.find(dtype);
+    if (code == codes.end())
+        throw std::runtime_error("expert_mlp_pack: w1 must be float32, bfloat16, float16 or float64, got " + dtype);
+    return mmbal_expert_mlp_packed_bytes(code->second, {0, D, F, E, 1});
 }
 
 } // namespace

@@ -13,9 +13,9 @@ from mmbal.moe import (
     RouterRecord,
     collect_router,
     freeze_except_router,
-    pack,
     router_losses,
 )
+from mmbal.packing import pack
 from mmbal.upcycling import upcycle
 
 __all__ = [

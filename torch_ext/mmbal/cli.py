@@ -64,6 +64,7 @@ def info():
         else "converted to float32 while packing: no bfloat16 instructions in use, so no faster than float32",
         "float16": "converted to float32 while packing, no faster than float32",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}, torch's own pool",
+        "workspace": "up to 256 MiB of scratch memory are kept between calls",
         "CUDA library": _cuda_library(),
         "operators": "\n".join(_operators()),
     }

@@ -82,6 +82,8 @@ def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1,
         offsets=offsets_E1,
         inverse=inverse_NK,
     )
+    if packed is not None and packed.dtype != torch.uint8:
+        raise RuntimeError(f"expert_mlp: packed must be uint8, got {packed.dtype}")
     keep_preactivation = options[5]
     R = weights_NK.shape[0] * weights_NK.shape[1] if keep_preactivation else 0
     return x_ND.new_empty(x_ND.shape), x_ND.new_empty(R, w1_EFD.shape[1])

@@ -1,6 +1,5 @@
 """A mixture of MLP experts that takes the place of an ``mlp`` sub-module, and what trains its router."""
 
-import functools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -95,7 +94,7 @@ class MoEMLP(nn.Module):
         self.router = nn.Linear(dim, num_experts, bias=router_bias, device=device, dtype=dtype)
         self.experts = Experts(num_experts, dim, hidden_dim, bias, device, dtype)
         self._records = None  # a list while collect_router is active
-        self._packed = None  # what mmbal.pack made
+        self._packed = None  # the PackedWeights that mmbal.pack made
 
     @classmethod
     def from_mlps(cls, mlps, top_k=2, activation="auto", dropout=None, output_dropout=None, **options):
@@ -169,23 +168,13 @@ class MoEMLP(nn.Module):
             options |= {"dropout": self.dropout, "output_dropout": self.output_dropout, "seed": _draw_seed()}
         arguments = (x_ND, experts.w1, experts.b1, experts.w2, experts.b2, weights_NK)
         routing = (permutation_R, offsets_E1, inverse_NK)
-        if self._packed is not None and self._may_use_packed(x_ND):
+        packed = self._packed and self._packed.panels_for(self, x_ND)
+        if packed is not None:
             plain = (self.activation, 0.0, 0.0, 0, 0)
-            y_ND, _ = ops.expert_mlp_forward(*arguments, *routing, *plain, False, packed=self._packed)
+            y_ND, _ = ops.expert_mlp_forward(*arguments, *routing, *plain, False, packed=packed)
         else:
             y_ND = ops.expert_mlp(*arguments, *routing, **options)
         return y_ND.reshape(x.shape)
-
-    def _may_use_packed(self, x_ND):
-        """Packed weights are for inference as they stand; a forward that may be for training drops them."""
-        if torch.is_grad_enabled():
-            self._packed = None
-            _warn_once("mmbal.pack: a forward with gradients enabled dropped the packed weights; use torch.no_grad()")
-            return False
-        if x_ND.dtype != self.experts.w1.dtype or torch.is_autocast_enabled(x_ND.device.type):
-            _warn_once("mmbal.pack: packed weights are not used under autocast or for another dtype than theirs")
-            return False
-        return True
 
     def train(self, mode: bool = True):
         if mode:
@@ -223,35 +212,6 @@ class MoEMLP(nn.Module):
                 dense.fc1.bias.copy_(experts.b1[expert])
                 dense.fc2.bias.copy_(experts.b2[expert])
         return dense
-
-
-@functools.cache
-def _warn_once(message):
-    warnings.warn(message, stacklevel=4)
-
-
-def pack(model: nn.Module) -> int:
-    """Keep the weights of every mixture in ``model`` once more, laid out as the kernels read them: faster inference.
-
-    For a model in evaluation mode on the CPU, run under ``torch.no_grad()`` or ``torch.inference_mode()``. It gains
-    most where few tokens meet large experts. The copies are dropped by ``train()``, by ``load_state_dict``, by moving
-    or casting the model, and by any forward with gradients enabled; they are not saved. Call ``pack`` again after
-    weights were changed in place: nothing else can tell.
-
-    Returns the bytes that the copies take: those of the expert weights in float32, float64 and, on processors that
-    multiply bfloat16, bfloat16; twice them for half types that are multiplied as float32.
-    """
-    layers = [module for module in model.modules() if isinstance(module, MoEMLP)]
-    if not layers:
-        raise ValueError("pack: model has no MoEMLP; call mmbal.upcycle first")
-    for layer in layers:
-        if layer.training:
-            raise ValueError("pack: model must be in evaluation mode, call model.eval() first")
-        if layer.experts.w1.device.type != "cpu":
-            raise ValueError(f"pack: the weights must be on the CPU, got {layer.experts.w1.device}")
-    for layer in layers:
-        layer._packed = ops.expert_mlp_pack(layer.experts.w1.detach(), layer.experts.w2.detach())
-    return sum(layer._packed.nbytes for layer in layers)
 
 
 def _no_autocast(device_type):

@@ -63,14 +63,15 @@ inline void dpbf16ps(int c, int a, int b) {
     ASSERT_EQ(tiles[b].bytes, sum.bytes);
     ASSERT_EQ(tiles[a].bytes, 4 * tiles[b].rows) << "pairs of a and of b";
     for (int i = 0; i < sum.rows; i++) {
-        for (int pair = 0; pair < tiles[b].rows; pair++) {
-            for (int j = 0; j < sum.bytes / 4; j++) {
-                float value;
-                std::memcpy(&value, sum.data[i].data() + 4 * j, sizeof value);
+        for (int j = 0; j < sum.bytes / 4; j++) {
+            // Even and odd elements are summed apart, then both sums are added to what was there.
+            float value, parts[2] = {0, 0};
+            std::memcpy(&value, sum.data[i].data() + 4 * j, sizeof value);
+            for (int pair = 0; pair < tiles[b].rows; pair++)
                 for (int k = 0; k < 2; k++)
-                    value += element(tiles[a], i, 2 * pair + k) * element(tiles[b], pair, 2 * j + k);
-                std::memcpy(sum.data[i].data() + 4 * j, &value, sizeof value);
-            }
+                    parts[k] += element(tiles[a], i, 2 * pair + k) * element(tiles[b], pair, 2 * j + k);
+            value += parts[0] + parts[1];
+            std::memcpy(sum.data[i].data() + 4 * j, &value, sizeof value);
         }
     }
 }

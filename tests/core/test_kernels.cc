@@ -375,6 +375,56 @@ TEST_P(EveryIsa, ActivationsStayFiniteForLargeFiniteArguments) {
     }
 }
 
+// Vectors of them, as the operators use them, against the one number of bfloat16.h and float16.h.
+TEST_P(EveryIsa, ConversionsOfRowsAreThoseOfNumbers) {
+    std::vector<uint16_t> patterns(65536);
+    for (size_t i = 0; i < patterns.size(); i++) patterns[i] = static_cast<uint16_t>(i);
+    std::vector<float> wide(patterns.size());
+    table()->widen_bf16(65536, patterns.data(), wide.data());
+    for (size_t i = 0; i < wide.size(); i++) {
+        const float expected = float_of_bfloat16(patterns[i]);
+        ASSERT_EQ(std::memcmp(&wide[i], &expected, sizeof expected), 0) << "bfloat16 " << i;
+    }
+    table()->widen_f16(65536, patterns.data(), wide.data());
+    for (size_t i = 0; i < wide.size(); i++) {
+        const float expected = float_of_float16(patterns[i]);
+        ASSERT_EQ(std::memcmp(&wide[i], &expected, sizeof expected), 0) << "float16 " << i;
+    }
+    std::vector<float> numbers(1 << 20);
+    for (uint32_t i = 0; i < numbers.size(); i++) { // every exponent, both signs, ties and their neighbours, NaN
+        const uint32_t bits = i * 4099u;
+        std::memcpy(&numbers[i], &bits, sizeof bits);
+    }
+    for (uint32_t i = 0; i < 65536; i++) {
+        const uint32_t tie = i << 16 | 0x8000u;
+        std::memcpy(&numbers[i], &tie, sizeof tie);
+    }
+    std::vector<uint16_t> narrow(numbers.size());
+    const auto count = static_cast<int64_t>(numbers.size());
+    table()->narrow_bf16(count, numbers.data(), narrow.data());
+    for (size_t i = 0; i < narrow.size(); i++) ASSERT_EQ(narrow[i], bfloat16_of_float(numbers[i])) << "bfloat16 " << i;
+    table()->narrow_f16(count, numbers.data(), narrow.data());
+    for (size_t i = 0; i < narrow.size(); i++) ASSERT_EQ(narrow[i], float16_of_float(numbers[i])) << "float16 " << i;
+}
+
+TEST_P(EveryIsa, RowsOfAnyLengthAreConvertedAndInterleaved) {
+    Random random(12);
+    for (int64_t n = 0; n <= 70; n++) {
+        const auto first = random.tensor<mmbal_test::BF16>(n, 1), second = random.tensor<mmbal_test::BF16>(n, 1);
+        mmbal_test::Guarded<uint16_t> pairs(2 * n), back(n);
+        mmbal_test::Guarded<float> wide(n);
+        table()->interleave(n, first.data(), second.data(), pairs.data());
+        table()->widen_bf16(n, first.data(), wide.data());
+        table()->narrow_bf16(n, wide.data(), back.data());
+        ASSERT_TRUE(pairs.intact() && wide.intact() && back.intact()) << n;
+        EXPECT_EQ(back.values(), first) << n;
+        for (int64_t i = 0; i < n; i++) {
+            ASSERT_EQ(pairs.values()[2 * i], first[i]) << i << " of " << n;
+            ASSERT_EQ(pairs.values()[2 * i + 1], second[i]) << i << " of " << n;
+        }
+    }
+}
+
 std::vector<mmbal_isa> isas_of_this_build() {
     std::vector<mmbal_isa> isas;
     for (int isa = MMBAL_ISA_PORTABLE; isa <= MMBAL_ISA_AMX; isa++)

@@ -84,6 +84,37 @@ TEST_P(TileBf16, RowsDoNotDependOnTheRowsBesideThem) {
     }
 }
 
+// Blocks cut the depth at multiples of 512.
+TEST_P(TileBf16, SumCutAtMultiplesOf32IsTheWholeSum) {
+    const auto &[most_rows, cols, run, name] = GetParam();
+    Random random(6);
+    const int64_t depth = 150;
+    const auto a = random.tensor<BF16>(most_rows * depth, 1), b = random.tensor<BF16>(depth * cols, 1);
+    std::vector<float> whole(most_rows * cols);
+    run(most_rows, depth, a.data(), depth, b.data(), whole.data(), cols, 0);
+    for (int64_t cut : {0, 32, 96, 128}) {
+        std::vector<float> parts(most_rows * cols, 7);
+        run(most_rows, cut, a.data(), depth, b.data(), parts.data(), cols, 0);
+        run(most_rows, depth - cut, a.data() + cut, depth, b.data() + cut * cols, parts.data(), cols, 1);
+        EXPECT_TRUE(same_bits(whole, parts)) << cut;
+    }
+}
+
+TEST_P(TileBf16, DoesNotDependOnAddresses) {
+    const auto &[most_rows, cols, run, name] = GetParam();
+    Random random(7);
+    const auto a = random.tensor<BF16>(most_rows * 36, 1), b = random.tensor<BF16>(36 * cols, 1);
+    std::vector<float> first(most_rows * cols);
+    run(most_rows, 36, a.data(), 36, b.data(), first.data(), cols, 0);
+    for (int shift = 1; shift < 33; shift += 5) {
+        std::vector<uint16_t> moved_a(shift), moved_b(shift);
+        moved_a.insert(moved_a.end(), a.begin(), a.end()), moved_b.insert(moved_b.end(), b.begin(), b.end());
+        std::vector<float> c(shift + most_rows * cols);
+        run(most_rows, 36, moved_a.data() + shift, 36, moved_b.data() + shift, c.data() + shift, cols, 0);
+        EXPECT_TRUE(same_bits(first, {c.begin() + shift, c.end()})) << shift;
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(Kernels, TileBf16, ::testing::ValuesIn(tiles()), [](const auto &of) { return of.param.name; });
 
 } // namespace

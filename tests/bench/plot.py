@@ -42,7 +42,8 @@ def main(source: Path, target: Path) -> None:
         if max(peak) > 0:
             axis.plot(tokens, peak, color="black", linestyle=":", label="peak of a register-only loop")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(tokens, [str(n) for n in tokens])
+        powers = [n for n in tokens if n & (n - 1) == 0]
+        axis.set_xticks(powers, [str(n) for n in powers])
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
         axis.set_title(dtype)
@@ -50,7 +51,7 @@ def main(source: Path, target: Path) -> None:
         axis.set_ylabel("GFLOP/s, forward + backward")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="upper left", fontsize=8)
+    axes[1].legend(frameon=False, loc="lower right", fontsize=9)
     figure.suptitle("Training a mixture of 4 experts, 2 a token, 768 x 3072, on two cores", fontsize=11)
     figure.savefig(target, dpi=140)
 

@@ -44,6 +44,10 @@ mmbal_status mmbal_moe_dispatch(const int64_t *indices,                         
                                 int64_t *offsets,                                      /* [E + 1] out */
                                 int64_t *inverse);                                     /* [N, K] out */
 
+/* MMBAL_OK when offsets rise from 0 to R. */
+mmbal_status mmbal_moe_check_offsets(const int64_t *offsets, /* [E + 1] */
+                                     int64_t R, int64_t E);
+
 /* MMBAL_OK when permutation and inverse undo each other and offsets rise from 0 to R: all that memory safety needs. */
 mmbal_status mmbal_moe_check_dispatch(const int64_t *permutation, /* [R] */
                                       const int64_t *offsets,     /* [E + 1] */

@@ -10,9 +10,6 @@
  * out within 5 %. */
 enum { BLOCK_ROWS = 448, BLOCK_COLS = 192, DEPTH_BYTES = 1024 };
 
-/* Rows that packing has on the way from memory. */
-enum { FETCH_AHEAD = 8 };
-
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

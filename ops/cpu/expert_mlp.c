@@ -83,11 +83,9 @@ static mmbal_status check_arguments(const mmbal_expert_mlp_inputs *inputs, mmbal
     return mmbal_moe_check_dispatch(inputs->permutation, inputs->offsets, inputs->inverse, shape.N * shape.K, shape.E);
 }
 
-static int offsets_ok(const int64_t *offsets, mmbal_expert_mlp_shape shape) {
-    if (offsets[0] != 0 || offsets[shape.E] != shape.N * shape.K) return 0;
-    for (int64_t e = 0; e < shape.E; e++)
-        if (offsets[e] > offsets[e + 1]) return 0;
-    return 1;
+/* Whether a call of this shape has a workspace. */
+static int has_workspace(mmbal_expert_mlp_shape s, const int64_t *offsets, int workers) {
+    return shape_ok(s) && workers >= 1 && mmbal_moe_check_offsets(offsets, s.N * s.K, s.E) == MMBAL_OK;
 }
 
 static mmbal_status forward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets, int workers,
@@ -103,14 +101,14 @@ static mmbal_status backward_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape sha
 int64_t mmbal_expert_mlp_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
                                    int workers) {
     int64_t bytes = 0;
-    if (!shape_ok(shape) || workers < 1 || !offsets_ok(offsets, shape)) return 0;
+    if (!has_workspace(shape, offsets, workers)) return 0;
     return forward_bytes(dtype, shape, offsets, workers, &bytes) == MMBAL_OK ? bytes : 0;
 }
 
 int64_t mmbal_expert_mlp_backward_workspace(mmbal_dtype dtype, mmbal_expert_mlp_shape shape, const int64_t *offsets,
                                             int workers) {
     int64_t bytes = 0;
-    if (!shape_ok(shape) || workers < 1 || !offsets_ok(offsets, shape)) return 0;
+    if (!has_workspace(shape, offsets, workers)) return 0;
     return backward_bytes(dtype, shape, offsets, workers, &bytes) == MMBAL_OK ? bytes : 0;
 }
 

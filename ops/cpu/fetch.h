@@ -7,6 +7,9 @@
 #include "arena.h"
 #include "blocks.h"
 
+/* Rows that packing has on the way from memory. */
+enum { FETCH_AHEAD = 8 };
+
 typedef struct fetch {
     const char *first;
     int64_t stride, rows, lines; /* bytes between rows, rows, cache lines of a row */

@@ -51,9 +51,10 @@ static void NAME(multiply_packed)(const mmbal_kernels *kernels, int64_t rows, in
     }
 }
 
-/* The part of B that a block needs between two depths. */
+/* The part of B that a block still has to pack of the depths from .. from + depth. */
 static fetch NAME(fetch_weights)(const NAME(weights) * b, block place, int64_t from, int64_t depth) {
-    const int64_t rows = b->transposed && depth ? place.cols : depth, width = b->transposed ? depth : place.cols;
+    if (b->packed || depth == 0) return make_fetch(NULL, 0, 0, 0);
+    const int64_t rows = b->transposed ? place.cols : depth, width = b->transposed ? depth : place.cols;
     const STORED *first = b->data + (b->transposed ? place.col * b->stride + from : from * b->stride + place.col);
     return make_fetch(first, b->stride * (int64_t)sizeof(STORED), rows, width * (int64_t)sizeof(STORED));
 }
@@ -89,7 +90,7 @@ static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weig
                      NAME(panel_elements)(kernels, place.cols, from);
         else
             NAME(pack_weights)(kernels, &b, from, deep, place.col, place.cols, kernels->OF_OPERAND(tile_cols), s->b);
-        const fetch ahead = NAME(fetch_weights)(&b, place, next, b.packed ? 0 : least(NAME(DEPTH), depth - next));
+        const fetch ahead = NAME(fetch_weights)(&b, place, next, least(NAME(DEPTH), depth - next));
         NAME(multiply_packed)(kernels, place.rows, place.cols, NAME(packed_depth)(deep), rows, a.stride, panels, s->c,
                               from > 0, ahead);
     }

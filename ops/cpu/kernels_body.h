@@ -60,6 +60,7 @@ static inline float gauss_f32(float x, float exp_of_half_square) {
     const float below = p * exp_of_half_square;
     return x < 0 ? below : 1 - below;
 }
+
 static inline double exp_f64(double x) { return exp(x); }
 static inline double gauss_f64(double x, double exp_of_half_square) {
     (void)exp_of_half_square;
@@ -67,42 +68,34 @@ static inline double gauss_f64(double x, double exp_of_half_square) {
 }
 
 /* Calls FOR_ROWS for every number of rows that a tile may have. */
+#define UP_TO_4                                                                                                        \
+    FOR_ROWS(1);                                                                                                       \
+    FOR_ROWS(2);                                                                                                       \
+    FOR_ROWS(3);                                                                                                       \
+    FOR_ROWS(4)
+#define UP_TO_6                                                                                                        \
+    UP_TO_4;                                                                                                           \
+    FOR_ROWS(5);                                                                                                       \
+    FOR_ROWS(6)
+#define UP_TO_14                                                                                                       \
+    UP_TO_6;                                                                                                           \
+    FOR_ROWS(7);                                                                                                       \
+    FOR_ROWS(8);                                                                                                       \
+    FOR_ROWS(9);                                                                                                       \
+    FOR_ROWS(10);                                                                                                      \
+    FOR_ROWS(11);                                                                                                      \
+    FOR_ROWS(12);                                                                                                      \
+    FOR_ROWS(13);                                                                                                      \
+    FOR_ROWS(14)
 #if TILE_ROWS == 4
 #define SWITCH_ROWS                                                                                                    \
-    switch (rows) {                                                                                                    \
-        FOR_ROWS(1);                                                                                                   \
-        FOR_ROWS(2);                                                                                                   \
-        FOR_ROWS(3);                                                                                                   \
-        FOR_ROWS(4);                                                                                                   \
-    }
+    switch (rows) { UP_TO_4; }
 #elif TILE_ROWS == 6
 #define SWITCH_ROWS                                                                                                    \
-    switch (rows) {                                                                                                    \
-        FOR_ROWS(1);                                                                                                   \
-        FOR_ROWS(2);                                                                                                   \
-        FOR_ROWS(3);                                                                                                   \
-        FOR_ROWS(4);                                                                                                   \
-        FOR_ROWS(5);                                                                                                   \
-        FOR_ROWS(6);                                                                                                   \
-    }
+    switch (rows) { UP_TO_6; }
 #elif TILE_ROWS == 14
 #define SWITCH_ROWS                                                                                                    \
-    switch (rows) {                                                                                                    \
-        FOR_ROWS(1);                                                                                                   \
-        FOR_ROWS(2);                                                                                                   \
-        FOR_ROWS(3);                                                                                                   \
-        FOR_ROWS(4);                                                                                                   \
-        FOR_ROWS(5);                                                                                                   \
-        FOR_ROWS(6);                                                                                                   \
-        FOR_ROWS(7);                                                                                                   \
-        FOR_ROWS(8);                                                                                                   \
-        FOR_ROWS(9);                                                                                                   \
-        FOR_ROWS(10);                                                                                                  \
-        FOR_ROWS(11);                                                                                                  \
-        FOR_ROWS(12);                                                                                                  \
-        FOR_ROWS(13);                                                                                                  \
-        FOR_ROWS(14);                                                                                                  \
-    }
+    switch (rows) { UP_TO_14; }
 #endif
 
 #define REAL float

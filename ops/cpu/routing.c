@@ -40,11 +40,17 @@ mmbal_status mmbal_moe_dispatch(const int64_t *indices, int64_t N, int64_t K, in
     return MMBAL_OK;
 }
 
-mmbal_status mmbal_moe_check_dispatch(const int64_t *permutation, const int64_t *offsets, const int64_t *inverse,
-                                      int64_t R, int64_t E) {
+mmbal_status mmbal_moe_check_offsets(const int64_t *offsets, int64_t R, int64_t E) {
     if (offsets[0] != 0 || offsets[E] != R) return MMBAL_INVALID_INDEX;
     for (int64_t e = 0; e < E; e++)
         if (offsets[e] > offsets[e + 1]) return MMBAL_INVALID_INDEX;
+    return MMBAL_OK;
+}
+
+mmbal_status mmbal_moe_check_dispatch(const int64_t *permutation, const int64_t *offsets, const int64_t *inverse,
+                                      int64_t R, int64_t E) {
+    const mmbal_status status = mmbal_moe_check_offsets(offsets, R, E);
+    if (status != MMBAL_OK) return status;
     for (int64_t r = 0; r < R; r++) {
         const int64_t pair = permutation[r];
         if (pair < 0 || pair >= R || inverse[pair] != r) return MMBAL_INVALID_INDEX;

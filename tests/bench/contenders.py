@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-import mmbal
+import mmbal  # noqa: F401  (loads the operators)
 
 ACTIVATION = "quick_gelu"
 
@@ -36,9 +36,9 @@ class Shape:
     def rows(self) -> int:
         return self.N * self.K
 
-    def gflop(self, forward_only: bool = False) -> float:
+    def gflop(self) -> float:
         """Two products forward, four backward."""
-        return (1 if forward_only else 3) * 2 * 2 * self.rows * self.D * self.F / 1e9
+        return 6 * 2 * self.rows * self.D * self.F / 1e9
 
     def __str__(self) -> str:
         return (
@@ -166,14 +166,17 @@ class Problem:
     def leaves(self) -> list[Tensor]:
         return [self.x, self.weights, *self.experts.parameters(), self.dense_x, *self.dense_ffn.parameters()]
 
-    def contenders(self, names: list[str] | None = None) -> dict[str, Callable[[], None]]:
-        """name -> one forward and backward, with fresh gradients."""
-        mixtures = {
+    def mixtures(self) -> dict[str, Callable]:
+        """name -> a function of x, indices and weights."""
+        return {
             "mmbal": ours(self.experts),
             "grouped_mm": transformers_experts("grouped_mm", self.experts),
             "eager": transformers_experts("eager", self.experts),
             "loop": expert_loop(self.experts),
         }
+
+    def contenders(self, names: list[str] | None = None) -> dict[str, Callable[[], None]]:
+        """name -> one forward and backward, with fresh gradients."""
 
         def step(run: Callable) -> Callable[[], None]:
             def once() -> None:
@@ -188,19 +191,14 @@ class Problem:
                 leaf.grad = None
             self.dense_ffn(self.dense_x).backward(self.dense_dy)
 
-        steps = {name: step(run) for name, run in mixtures.items()} | {"dense": dense}
+        steps = {name: step(run) for name, run in self.mixtures().items()} | {"dense": dense}
         return {name: steps[name] for name in names or steps}
 
     def check(self) -> None:
         """All contenders give the same outputs and gradients, or there is nothing to compare."""
         tolerance = 2e-4 if self.shape.dtype == "float32" else 0.2  # transformers adds up bias gradients in bfloat16
         reference = None
-        for name, run in (
-            ("mmbal", ours(self.experts)),
-            ("grouped_mm", transformers_experts("grouped_mm", self.experts)),
-            ("eager", transformers_experts("eager", self.experts)),
-            ("loop", expert_loop(self.experts)),
-        ):
+        for name, run in self.mixtures().items():
             leaves = [self.x, self.weights, *self.experts.parameters()]
             y = run(self.x, self.indices, self.weights)
             found = [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
@@ -209,6 +207,3 @@ class Problem:
                 error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)
                 if error > tolerance:
                     raise AssertionError(f"{self.shape}: {name} differs from mmbal by {error:.1e} of the largest value")
-
-
-__all__ = ["Experts", "Problem", "Shape", "mmbal"]

@@ -10,6 +10,11 @@
  * out within 5 %. */
 enum { BLOCK_ROWS = 448, BLOCK_COLS = 192, DEPTH_BYTES = 1024 };
 
+/* At most so many rows read weights that lie row by row where they lie: packing would take longer than it saves. A step
+ * of the depth is short then, so that what a step reads stays in the second-level cache even where the weights' rows
+ * are 16 KiB apart and so share few of its sets. */
+enum { ROWS_IN_PLACE = 128, DEPTH_IN_PLACE = 64 };
+
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

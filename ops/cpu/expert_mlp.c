@@ -9,7 +9,6 @@
 #include "kernels.h"
 #include "mmbal/routing.h"
 #include "stream.h"
-#include "transpose.h"
 
 /* Of passes over rows of D or F elements: some tens of microseconds. */
 enum { ROWS_PER_TASK = 16, GATHERED_ROWS = 64 };
@@ -35,6 +34,13 @@ static int64_t rows_for_balance(mmbal_expert_mlp_shape s, int64_t wave_rows, int
     int64_t rows = BLOCK_ROWS;
     while (rows > BLOCK_ROWS / 4 && ceil_div(wave_rows, rows) * across < wanted) rows /= 2;
     return rows;
+}
+
+/* Blocks of a task: a worker fetches the weights of its task's next block early, and the last tasks must not keep the
+ * others waiting. */
+static int64_t blocks_per_task(int64_t blocks, int workers) {
+    const int64_t wanted = blocks / (8 * (int64_t)workers);
+    return wanted < 1 ? 1 : least(wanted, 4);
 }
 
 /* Experts go through the products together as long as their rows are at most this many for each worker (but two

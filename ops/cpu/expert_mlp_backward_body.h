@@ -89,13 +89,12 @@ static mmbal_status NAME(gather_gradient_task)(void *context, int worker, int64_
 static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) g = {c->g, NAME(row_stride)(c->D), c->first_row};
+    const NAME(product)
+        product = {.a = {c->g, NAME(row_stride)(c->D), c->first_row}, .depth = c->D, .cols = c->F, .weights = c->w2};
     const int64_t stride = NAME(row_stride)(c->F);
     REAL value[BLOCK_COLS], slope[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
-        const block at = NAME(row_block)(c, c->F, index);
-        const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 0, NULL};
-        NAME(multiply)(c->kernels, g, w2, at, c->D, s);
+        const block at = NAME(multiply_block)(c, &product, index, end, s);
         REAL *h = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, h += BLOCK_COLS) {
             const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
@@ -136,11 +135,10 @@ static mmbal_status NAME(dweights_task)(void *context, int worker, int64_t begin
 static mmbal_status NAME(input_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) du = {c->dhidden, NAME(row_stride)(c->F), c->first_row};
+    const NAME(product) product = {
+        .a = {c->dhidden, NAME(row_stride)(c->F), c->first_row}, .depth = c->F, .cols = c->D, .weights = c->w1};
     for (int64_t index = begin; index < end; index++) {
-        const block at = NAME(row_block)(c, c->D, index);
-        const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 0, NULL};
-        NAME(multiply)(c->kernels, du, w1, at, c->F, s);
+        const block at = NAME(multiply_block)(c, &product, index, end, s);
         const REAL *dx = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, dx += BLOCK_COLS)
             memcpy(c->rows + r * c->D + at.col, dx, sizeof(REAL) * (size_t)at.cols);
@@ -164,14 +162,15 @@ typedef struct {
     STORED *dw, *db; /* [E, rows, cols], [E, rows]; NULL where not asked for */
 } NAME(weight_gradient);
 
-/* to = from, rounded */
-static void NAME(store_row)(const mmbal_kernels *kernels, const REAL *from, int64_t n, STORED *to, int past_caches) {
-    STORED line[BLOCK_COLS];
-    NAME(narrow)(kernels, n, from, line);
-    if (past_caches)
-        stream_bytes(to, line, n * (int64_t)sizeof(STORED));
-    else
-        memcpy(to, line, (size_t)n * sizeof(STORED));
+/* to[i, j] = from[i, j], rounded; from is part of a block */
+static void NAME(store_rows)(const mmbal_kernels *kernels, const REAL *from, int64_t rows, int64_t cols, STORED *to,
+                             int64_t to_stride, int past_caches) {
+    for (int64_t i = 0; i < rows; i++, from += BLOCK_COLS, to += to_stride) {
+        if (past_caches)
+            NAME(narrow_past_caches)(kernels, cols, from, to);
+        else
+            NAME(narrow)(kernels, cols, from, to);
+    }
 }
 
 static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_gradient) * w, int64_t index,
@@ -185,20 +184,30 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
         NAME(narrow)(c->kernels, 1, &sum, w->db + first + i);
     }
     if (!w->dw) return;
-    if (begin == end) memset(s->c, 0, sizeof s->c);
-    for (int64_t from = begin; from < end; from += NAME(DEPTH)) {
-        const int64_t depth = least(NAME(DEPTH), end - from);
+    int64_t from = begin;
+    do { /* once at least: without rows the sums are zeros */
+        const int64_t depth = least(NAME(DEPTH), end - from), next = from + depth;
+        const int64_t packed_depth = NAME(packed_depth)(depth);
+        const int first_step = from == begin, last_step = next == end;
         NAME(pack_rows)(c->kernels, &w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), s->b);
-        const int64_t next = from + depth;
-        const fetch ahead =
-            make_fetch(NAME(row_of)(&w->right, next) + at.col, w->right.stride * (int64_t)sizeof(OPERAND),
-                       least(NAME(DEPTH), end - next), at.cols * (int64_t)sizeof(OPERAND));
-        NAME(multiply_packed)(c->kernels, at.rows, at.cols, NAME(packed_depth)(depth), left + from - begin, stride,
-                              s->b, s->c, from > begin, ahead);
-    }
-    for (int64_t i = 0; i < at.rows; i++)
-        NAME(store_row)(c->kernels, s->c + i * BLOCK_COLS, at.cols, w->dw + (first + i) * w->cols + at.col,
-                        c->past_caches);
+        const NAME(panels) right = NAME(packed_panels)(c->kernels, s->b, packed_depth);
+        fetch ahead = make_fetch(NAME(row_of)(&w->right, next) + at.col, w->right.stride * (int64_t)sizeof(OPERAND),
+                                 least(NAME(DEPTH), end - next), at.cols * (int64_t)sizeof(OPERAND));
+        set_pace(&ahead, NAME(tile_steps)(c->kernels, at.rows, at.cols, packed_depth));
+        /* The last step goes by strips, stored while they are in the first-level cache; if it is the only one, all
+         * strips have the same memory. */
+        const int64_t strip = last_step ? c->tile_rows : at.rows;
+        for (int64_t i = 0; i < at.rows; i += strip) {
+            const int64_t rows = least(strip, at.rows - i);
+            REAL *sums = s->c + (first_step && last_step ? 0 : i * BLOCK_COLS);
+            NAME(multiply_panels)(c->kernels, rows, at.cols, packed_depth, left + i * stride + from - begin, stride,
+                                  right, sums, !first_step, &ahead);
+            if (last_step)
+                NAME(store_rows)(c->kernels, sums, rows, at.cols, w->dw + (first + i) * w->cols + at.col, w->cols,
+                                 c->past_caches);
+        }
+        from = next;
+    } while (from < end);
     stream_end();
 }
 
@@ -247,8 +256,10 @@ static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs
             wave.turned[e] = wave.turned[e - 1] + NAME(whole_lines)(wave.offsets[e] - wave.offsets[e - 1]);
         const pass passes[] = {
             {1, NAME(gather_blocks)(&wave), 1, NAME(gather_gradient_task)},
-            {hidden_needed, NAME(row_blocks)(&wave, c.F), 1, NAME(hidden_gradient_task)},
-            {c.dx != NULL, NAME(row_blocks)(&wave, c.D), 1, NAME(input_gradient_task)},
+            {hidden_needed, NAME(row_blocks)(&wave, c.F), blocks_per_task(NAME(row_blocks)(&wave, c.F), pool->workers),
+             NAME(hidden_gradient_task)},
+            {c.dx != NULL, NAME(row_blocks)(&wave, c.D), blocks_per_task(NAME(row_blocks)(&wave, c.D), pool->workers),
+             NAME(input_gradient_task)},
             {c.dw1 || c.db1, count_expert_blocks(wave.E, c.F, c.D), 1, NAME(dw1_task)},
             {c.dw2 || c.db2, count_expert_blocks(wave.E, c.D, c.F), 1, NAME(dw2_task)},
         };

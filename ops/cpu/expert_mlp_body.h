@@ -115,10 +115,34 @@ static void NAME(combine)(const NAME(call) * c, const REAL *factor, int64_t begi
     }
 }
 
-/* Where the panels of an expert of the wave begin; NULL where none were packed. */
-static const OPERAND *NAME(panels_of)(const NAME(call) * c, const OPERAND *packed, int64_t expert, int64_t depth,
-                                      int64_t cols) {
-    return packed ? packed + expert * NAME(panel_elements)(c->kernels, cols, depth) : NULL;
+/* A product of routed rows with the weights of their experts. */
+typedef struct {
+    NAME(rows) a;
+    int64_t depth, cols;
+    const STORED *weights; /* [E, cols, depth] if transposed, else [E, depth, cols] */
+    int transposed;
+    const OPERAND *packed; /* the panels of all experts, or NULL */
+} NAME(product);
+
+static NAME(weights) NAME(weights_of)(const NAME(call) * c, const NAME(product) * p, int64_t expert) {
+    const NAME(weights)
+        w = {p->weights + expert * p->depth * p->cols, p->transposed ? p->depth : p->cols, p->transposed,
+             p->packed ? p->packed + expert * NAME(panel_elements)(c->kernels, p->cols, p->depth) : NULL};
+    return w;
+}
+
+/* Multiplies block `index` of those before `end` into s->c. */
+static block NAME(multiply_block)(const NAME(call) * c, const NAME(product) * p, int64_t index, int64_t end,
+                                  NAME(scratch) * s) {
+    const block at = NAME(row_block)(c, p->cols, index);
+    fetch after = {0};
+    if (index + 1 < end) {
+        const block next = NAME(row_block)(c, p->cols, index + 1);
+        const NAME(weights) w = NAME(weights_of)(c, p, next.expert);
+        after = NAME(fetch_step)(&w, next, 0, p->depth);
+    }
+    NAME(multiply)(c->kernels, p->a, NAME(weights_of)(c, p, at.expert), at, p->depth, after, s);
+    return at;
 }
 
 static mmbal_status NAME(packed_bytes)(mmbal_expert_mlp_shape s, int64_t *bytes) {

@@ -26,14 +26,16 @@ static mmbal_status NAME(gather_task)(void *context, int worker, int64_t begin, 
 static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) x = {c->input, NAME(row_stride)(c->D), c->first_row};
+    const NAME(product) product = {.a = {c->input, NAME(row_stride)(c->D), c->first_row},
+                                   .depth = c->D,
+                                   .cols = c->F,
+                                   .weights = c->w1,
+                                   .transposed = 1,
+                                   .packed = c->packed_w1};
     REAL bias[BLOCK_COLS] = {0};
     STORED rounded[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
-        const block at = NAME(row_block)(c, c->F, index);
-        const OPERAND *panels = NAME(panels_of)(c, c->packed_w1, at.expert, c->D, c->F);
-        const NAME(weights) w1 = {c->w1 + at.expert * c->F * c->D, c->D, 1, panels};
-        NAME(multiply)(c->kernels, x, w1, at, c->D, s);
+        const block at = NAME(multiply_block)(c, &product, index, end, s);
         if (c->b1) NAME(widen)(c->kernels, at.cols, c->b1 + at.expert * c->F + at.col, bias);
         REAL *u = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, u += BLOCK_COLS) {
@@ -55,13 +57,15 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
 static mmbal_status NAME(output_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
-    const NAME(rows) hidden = {c->hidden, NAME(row_stride)(c->F), c->first_row};
+    const NAME(product) product = {.a = {c->hidden, NAME(row_stride)(c->F), c->first_row},
+                                   .depth = c->F,
+                                   .cols = c->D,
+                                   .weights = c->w2,
+                                   .transposed = 1,
+                                   .packed = c->packed_w2};
     REAL bias[BLOCK_COLS] = {0};
     for (int64_t index = begin; index < end; index++) {
-        const block at = NAME(row_block)(c, c->D, index);
-        const OPERAND *panels = NAME(panels_of)(c, c->packed_w2, at.expert, c->F, c->D);
-        const NAME(weights) w2 = {c->w2 + at.expert * c->D * c->F, c->F, 1, panels};
-        NAME(multiply)(c->kernels, hidden, w2, at, c->F, s);
+        const block at = NAME(multiply_block)(c, &product, index, end, s);
         if (c->b2) NAME(widen)(c->kernels, at.cols, c->b2 + at.expert * c->D + at.col, bias);
         REAL *o = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, o += BLOCK_COLS) {
@@ -94,8 +98,10 @@ static mmbal_status NAME(forward)(const mmbal_expert_mlp_inputs *inputs, mmbal_e
         NAME(call) wave = NAME(wave)(&c, first, last);
         const pass passes[] = {
             {1, c.offsets[last] - c.offsets[first], ROWS_PER_TASK, NAME(gather_task)},
-            {1, NAME(row_blocks)(&wave, c.F), 1, NAME(hidden_task)},
-            {1, NAME(row_blocks)(&wave, c.D), 1, NAME(output_task)},
+            {1, NAME(row_blocks)(&wave, c.F), blocks_per_task(NAME(row_blocks)(&wave, c.F), pool->workers),
+             NAME(hidden_task)},
+            {1, NAME(row_blocks)(&wave, c.D), blocks_per_task(NAME(row_blocks)(&wave, c.D), pool->workers),
+             NAME(output_task)},
         };
         status = run_passes(passes, sizeof passes / sizeof passes[0], &wave, pool);
     }

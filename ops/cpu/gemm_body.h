@@ -26,7 +26,7 @@ typedef struct {
     const OPERAND *packed;
 } NAME(weights);
 
-/* NAME(pack_weights), NAME(pack_rows), NAME(turn) and NAME(packed_depth) */
+/* NAME(pack_weights), NAME(pack_rows), NAME(turn) and NAME(packed_depth), NAME(GROUP) */
 #include PACKING
 
 /* What a worker holds of a block. */
@@ -35,23 +35,39 @@ typedef struct {
     OPERAND b[NAME(DEPTH) * BLOCK_COLS]; /* panels */
 } NAME(scratch);
 
-/* c[i, j] (+)= sum over the packed depth of a(i, d) b(d, j), rows x cols; b packed; a's rows outermost, so that a
- * tile's rows stay in the first-level cache while the panels of b pass by. What is packed next is fetched meanwhile. */
-static void NAME(multiply_packed)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
-                                  const OPERAND *a, int64_t a_stride, const OPERAND *b, REAL *c, int add, fetch next) {
+/* A right factor as tiles read it: panels of tile_cols columns. */
+typedef struct {
+    const OPERAND *data;
+    int64_t stride, panel; /* between its rows, between its panels */
+} NAME(panels);
+
+static NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPERAND *packed, int64_t depth) {
+    const int64_t cols = kernels->OF_OPERAND(tile_cols);
+    const NAME(panels) made = {packed, cols * NAME(GROUP), cols * depth};
+    return made;
+}
+
+/* c[i, j] (+)= sum over the depth of a(i, d) b(d, j), rows x cols; a's rows outermost, so that a tile's rows stay in
+ * the first-level cache while the panels of b pass by. The rows of the next tiles are fetched meanwhile, and what is
+ * read next. */
+static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
+                                  const OPERAND *a, int64_t a_stride, NAME(panels) b, REAL *c, int add, fetch *next) {
     const int tile_rows = kernels->OF_OPERAND(tile_rows), tile_cols = kernels->OF_OPERAND(tile_cols);
-    const int64_t lines_a_tile =
-        ceil_div(next.rows * next.lines, ceil_div(rows, tile_rows) * ceil_div(cols, tile_cols));
     for (int64_t i = 0; i < rows; i += tile_rows) {
+        const int64_t rows_below = least(tile_rows, rows - i - tile_rows);
+        fetch below = make_fetch(a + (i + tile_rows) * a_stride, a_stride * (int64_t)sizeof(OPERAND),
+                                 rows_below > 0 ? rows_below : 0, depth * (int64_t)sizeof(OPERAND));
+        set_pace(&below, ceil_div(cols, tile_cols));
         for (int64_t j = 0; j < cols; j += tile_cols) {
-            fetch_lines(&next, lines_a_tile);
-            kernels->OF_OPERAND(tile)((int)least(tile_rows, rows - i), depth, a + i * a_stride, a_stride, b + j * depth,
-                                      c + i * BLOCK_COLS + j, BLOCK_COLS, add);
+            fetch_lines_now(&below, below.pace);
+            kernels->OF_OPERAND(tile)((int)least(tile_rows, rows - i), depth, a + i * a_stride, a_stride,
+                                      b.data + j / tile_cols * b.panel, b.stride, c + i * BLOCK_COLS + j, BLOCK_COLS,
+                                      add, next);
         }
     }
 }
 
-/* The part of B that a block still has to pack of the depths from .. from + depth. */
+/* What a block reads of B for the depths from .. from + depth, unless it is packed. */
 static fetch NAME(fetch_weights)(const NAME(weights) * b, block place, int64_t from, int64_t depth) {
     if (b->packed || depth == 0) return make_fetch(NULL, 0, 0, 0);
     const int64_t rows = b->transposed ? place.cols : depth, width = b->transposed ? depth : place.cols;
@@ -78,20 +94,54 @@ static void NAME(pack_all)(const mmbal_kernels *kernels, NAME(weights) b, int64_
     }
 }
 
-/* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order */
+/* Steps of depth that the tiles of rows x cols take together. */
+static int64_t NAME(tile_steps)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth) {
+    return ceil_div(rows, kernels->OF_OPERAND(tile_rows)) * ceil_div(cols, kernels->OF_OPERAND(tile_cols)) *
+           (depth / NAME(GROUP));
+}
+
+static int NAME(reads_in_place)(const NAME(weights) * b, block place) {
+    return STORED_IS_REAL && !b->packed && !b->transposed && place.rows <= ROWS_IN_PLACE;
+}
+
+static int64_t NAME(depth_step)(const NAME(weights) * b, block place) {
+    return NAME(reads_in_place)(b, place) ? DEPTH_IN_PLACE : NAME(DEPTH);
+}
+
+/* What a block reads in the step of its depth that begins at `from`. */
+static fetch NAME(fetch_step)(const NAME(weights) * b, block place, int64_t from, int64_t depth) {
+    return NAME(fetch_weights)(b, place, from, least(NAME(depth_step)(b, place), depth - from));
+}
+
+/* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. after: what this worker reads
+ * next. */
 static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weights) b, block place, int64_t depth,
-                           NAME(scratch) * s) {
-    for (int64_t from = 0; from < depth; from += NAME(DEPTH)) {
-        const int64_t deep = least(NAME(DEPTH), depth - from), next = from + deep;
+                           fetch after, NAME(scratch) * s) {
+    const int tile_cols = kernels->OF_OPERAND(tile_cols);
+    /* columns that are read in place: whole tiles, as one that is not would read beyond them */
+    const int64_t direct = NAME(reads_in_place)(&b, place) ? place.cols / tile_cols * tile_cols : 0;
+    const int64_t others = place.cols - direct, step = NAME(depth_step)(&b, place);
+    if (direct) {
+        fetch first = NAME(fetch_step)(&b, place, 0, depth);
+        fetch_lines(&first, first.rows * first.lines);
+    }
+    for (int64_t from = 0; from < depth; from += step) {
+        const int64_t deep = least(step, depth - from), next = from + deep, packed_depth = NAME(packed_depth)(deep);
         const OPERAND *rows = NAME(row_of)(&a, place.row) + from;
-        const OPERAND *panels = s->b;
+        fetch ahead = next < depth ? NAME(fetch_step)(&b, place, next, depth) : after;
+        set_pace(&ahead, NAME(tile_steps)(kernels, place.rows, place.cols, packed_depth));
+#if STORED_IS_REAL
+        const NAME(panels) in_place = {b.data + from * b.stride + place.col, b.stride, tile_cols};
+        NAME(multiply_panels)(kernels, place.rows, direct, deep, rows, a.stride, in_place, s->c, from > 0, &ahead);
+#endif
+        if (others == 0) continue;
+        const OPERAND *packed = s->b;
         if (b.packed)
-            panels = b.packed + NAME(panel_elements)(kernels, place.col, depth) +
+            packed = b.packed + NAME(panel_elements)(kernels, place.col, depth) +
                      NAME(panel_elements)(kernels, place.cols, from);
         else
-            NAME(pack_weights)(kernels, &b, from, deep, place.col, place.cols, kernels->OF_OPERAND(tile_cols), s->b);
-        const fetch ahead = NAME(fetch_weights)(&b, place, next, least(NAME(DEPTH), depth - next));
-        NAME(multiply_packed)(kernels, place.rows, place.cols, NAME(packed_depth)(deep), rows, a.stride, panels, s->c,
-                              from > 0, ahead);
+            NAME(pack_weights)(kernels, &b, from, deep, place.col + direct, others, tile_cols, s->b);
+        NAME(multiply_panels)(kernels, place.rows, others, packed_depth, rows, a.stride,
+                              NAME(packed_panels)(kernels, packed, packed_depth), s->c + direct, from > 0, &ahead);
     }
 }

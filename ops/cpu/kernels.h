@@ -1,4 +1,5 @@
-/* What one instruction set brings: the tile product and the activations of a row. docs/kernels.md is the contract.
+/* What one instruction set brings: the tile product, transposition, and the activations and conversions of a row.
+ * docs/kernels.md is the contract.
  *
  * Every instruction set compiles the same two bodies (kernels_body.h) with its own vectors and flags, in a file of its
  * own; the rest of the core is compiled for the baseline and reaches them through this table. */
@@ -8,21 +9,27 @@
 #include <stdint.h>
 
 #include "bfloat16.h"
+#include "fetch.h"
 #include "mmbal/expert_mlp.h"
 
 /* One tile of a product, 1 <= rows <= tile_rows, 0 <= j < tile_cols:
  *     c[i, j] = sum_d a[i, d] b[d, j], added to what c holds where add is not 0
- *   a: row i starts at a + i a_stride and is contiguous in d; b: a packed panel [depth, tile_cols], zero where the
- *   matrix ends; c: row i starts at c + i c_stride. Alignment: that of the type.
- * The sum runs in the order of d, so equal rows and panels give equal bits wherever they lie. */
-typedef void mmbal_tile_f32(int rows, int64_t depth, const float *a, int64_t a_stride, const float *b, float *c,
-                            int64_t c_stride, int add);
-typedef void mmbal_tile_f64(int rows, int64_t depth, const double *a, int64_t a_stride, const double *b, double *c,
-                            int64_t c_stride, int add);
-/* The same with pairs of bfloat16: depth is even, b [depth / 2, tile_cols, 2]. Sums are float32; how a pair is added
- * and rounded is the instruction's. */
-typedef void mmbal_tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b, float *c,
-                             int64_t c_stride, int add);
+ *   a: row i starts at a + i a_stride and is contiguous in d; b: row d starts at b + d b_stride, tile_cols elements;
+ *   c: row i starts at c + i c_stride. Alignment: that of the type. At each d, ahead->pace lines of ahead are fetched.
+ * The sum runs in the order of d, so equal rows and columns give equal bits wherever they lie. */
+typedef void mmbal_tile_f32(int rows, int64_t depth, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                            float *c, int64_t c_stride, int add, fetch *ahead);
+typedef void mmbal_tile_f64(int rows, int64_t depth, const double *a, int64_t a_stride, const double *b,
+                            int64_t b_stride, double *c, int64_t c_stride, int add, fetch *ahead);
+/* The same with pairs of bfloat16: depth is even, row d / 2 of b is [tile_cols, 2] and starts at b + d / 2 b_stride.
+ * Sums are float32; how a pair is added and rounded is the instruction's. */
+typedef void mmbal_tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b,
+                             int64_t b_stride, float *c, int64_t c_stride, int add, fetch *ahead);
+
+/* to[j, i] = from[i, j], 0 <= i < rows, 0 <= j < cols, of elements of 32 or 64 bits at any address that is even.
+ * Strides are in elements; from and to do not overlap. */
+typedef void mmbal_transpose(const void *from, int64_t from_stride, int64_t rows, int64_t cols, void *to,
+                             int64_t to_stride);
 
 /* value[i] = activation(u[i]) and, where slope is not NULL, slope[i] = activation'(u[i]).
  * u may be value. float32, |u| <= 100: value within 3 2^-24 |u|, slope within 35 2^-24 (measured over a dense grid by
@@ -34,6 +41,9 @@ typedef void mmbal_activate_f64(mmbal_activation activation, int64_t n, const do
 typedef void mmbal_widen(int64_t n, const uint16_t *from, float *to);
 typedef void mmbal_narrow(int64_t n, const float *from, uint16_t *to);
 
+/* memcpy around the caches; stream_end (stream.h) makes it visible to other threads. */
+typedef void mmbal_stream(int64_t bytes, const void *from, void *to);
+
 /* to[2 i] = first[i], to[2 i + 1] = second[i]; from and to do not overlap. */
 typedef void mmbal_interleave(int64_t n, const uint16_t *first, const uint16_t *second, uint16_t *to);
 
@@ -43,10 +53,12 @@ typedef struct mmbal_kernels {
     mmbal_tile_f32 *tile_f32;
     mmbal_tile_f64 *tile_f64;
     mmbal_tile_bf16 *tile_bf16; /* NULL where bfloat16 is multiplied as float32 */
+    mmbal_transpose *transpose_32, *transpose_64;
     mmbal_activate_f32 *activate_f32;
     mmbal_activate_f64 *activate_f64;
     mmbal_widen *widen_bf16, *widen_f16;
     mmbal_narrow *narrow_bf16, *narrow_f16;
+    mmbal_stream *stream;
     mmbal_interleave *interleave;
 } mmbal_kernels;
 

@@ -5,6 +5,14 @@
 
 #include "float16.h"
 #include "kernels.h"
+#include "stream.h"
+#include "transpose.h"
+#ifdef __AVX512F__
+#include "transpose_avx512.h"
+#define TRANSPOSE_32 transpose_by_sixteen
+#else
+#define TRANSPOSE_32 transpose_32
+#endif
 
 /* Constants of the activations: 1.702 from arXiv 1606.08415 section 2, 0.044715 and sqrt(2 / pi) from its tanh form. */
 #define QUICK_GELU_SLOPE 1.702
@@ -126,6 +134,8 @@ static void narrow_f16(int64_t n, const float *restrict from, uint16_t *restrict
     for (int64_t i = 0; i < n; i++) to[i] = float16_of_float(from[i]);
 }
 
+static void stream(int64_t bytes, const void *from, void *to) { stream_bytes(to, from, bytes); }
+
 static void interleave(int64_t n, const uint16_t *restrict first, const uint16_t *restrict second,
                        uint16_t *restrict to) {
     for (int64_t i = 0; i < n; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
@@ -146,10 +156,13 @@ const mmbal_kernels KERNELS = {.tile_rows_f32 = TILE_ROWS,
                                .tile_cols_bf16 = TILE_COLS_BF16,
                                .tile_bf16 = tile_bf16,
 #endif
+                               .transpose_32 = TRANSPOSE_32,
+                               .transpose_64 = transpose_64,
                                .activate_f32 = activate_f32,
                                .activate_f64 = activate_f64,
                                .widen_bf16 = widen_bf16,
                                .widen_f16 = widen_f16,
                                .narrow_bf16 = narrow_bf16,
                                .narrow_f16 = narrow_f16,
+                               .stream = stream,
                                .interleave = interleave};

@@ -10,8 +10,8 @@ static inline void NAME(store)(REAL *to, NAME(vector) v) { *(NAME(unaligned_vect
 /* The tile for a number of rows that the compiler knows, so that the sums stay in registers. Rows of a are addressed
  * in threes from every third row's pointer: one pointer a row would not fit the integer registers. */
 static inline __attribute__((always_inline)) void NAME(tile_of)(const int rows, int64_t depth, const REAL *a,
-                                                                int64_t a_stride, const REAL *b, REAL *c,
-                                                                int64_t c_stride, int add) {
+                                                                int64_t a_stride, const REAL *b, int64_t b_stride,
+                                                                REAL *c, int64_t c_stride, int add, fetch *ahead) {
     NAME(vector) sum[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
@@ -21,7 +21,9 @@ static inline __attribute__((always_inline)) void NAME(tile_of)(const int rows, 
     const REAL *third[(TILE_ROWS + 2) / 3];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i += 3) third[i / 3] = a + i * a_stride;
-    for (int64_t d = 0; d < depth; d++, b += 2 * NAME(LANES)) {
+    fetch next = *ahead; /* a copy: nothing that is stored may change it */
+    for (int64_t d = 0; d < depth; d++, b += b_stride) {
+        fetch_lines(&next, next.pace);
         const NAME(vector) b0 = NAME(load)(b), b1 = NAME(load)(b + NAME(LANES));
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
@@ -35,12 +37,13 @@ static inline __attribute__((always_inline)) void NAME(tile_of)(const int rows, 
         NAME(store)(c + i * c_stride, sum[i][0]);
         NAME(store)(c + i * c_stride + NAME(LANES), sum[i][1]);
     }
+    *ahead = next;
 }
 
-static void NAME(tile)(int rows, int64_t depth, const REAL *a, int64_t a_stride, const REAL *b, REAL *c,
-                       int64_t c_stride, int add) {
+static void NAME(tile)(int rows, int64_t depth, const REAL *a, int64_t a_stride, const REAL *b, int64_t b_stride,
+                       REAL *c, int64_t c_stride, int add, fetch *ahead) {
 #define FOR_ROWS(n)                                                                                                    \
-    case n: NAME(tile_of)(n, depth, a, a_stride, b, c, c_stride, add); return
+    case n: NAME(tile_of)(n, depth, a, a_stride, b, b_stride, c, c_stride, add, ahead); return
     SWITCH_ROWS
 #undef FOR_ROWS
 }

@@ -1,5 +1,8 @@
 /* How the factors of a product are packed where the depth goes by single elements; see gemm_body.h. */
 
+/* Elements of the depth that lie side by side in a panel. */
+enum { NAME(GROUP) = 1 };
+
 static inline int64_t NAME(packed_depth)(int64_t depth) { return depth; }
 
 /* Row d of every panel from one row of B. */
@@ -20,9 +23,9 @@ static void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, 
     (void)kernels;
     fetch ahead = make_fetch(NAME(row_of)(b, from) + col, b->stride * (int64_t)sizeof(OPERAND), depth,
                              cols * (int64_t)sizeof(OPERAND));
-    fetch_lines(&ahead, FETCH_AHEAD * ahead.lines);
+    fetch_lines_now(&ahead, FETCH_AHEAD * ahead.lines);
     for (int64_t d = 0; d < depth; d++) {
-        fetch_lines(&ahead, ahead.lines);
+        fetch_lines_now(&ahead, ahead.lines);
         NAME(deal)(NAME(row_of)(b, from + d) + col, cols, panel_cols, depth, packed + d * panel_cols);
     }
 }
@@ -34,10 +37,10 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
         OPERAND line[BLOCK_COLS];
         fetch ahead = make_fetch(b->data + from * b->stride + col, b->stride * (int64_t)sizeof(STORED), depth,
                                  cols * (int64_t)sizeof(STORED));
-        fetch_lines(&ahead, FETCH_AHEAD * ahead.lines);
+        fetch_lines_now(&ahead, FETCH_AHEAD * ahead.lines);
         for (int64_t d = 0; d < depth; d++) {
             const STORED *row = b->data + (from + d) * b->stride + col;
-            fetch_lines(&ahead, ahead.lines);
+            fetch_lines_now(&ahead, ahead.lines);
 #if OPERAND_IS_STORED
             (void)line;
             NAME(deal)(row, cols, panel_cols, depth, packed + d * panel_cols);
@@ -53,15 +56,14 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
         const STORED *columns = b->data + (col + left) * b->stride + from;
         if (here < panel_cols) memset(packed, 0, sizeof(OPERAND) * (size_t)(panel_cols * depth));
 #if OPERAND_IS_STORED
-        (void)kernels;
-        TRANSPOSE(columns, b->stride, here, depth, packed, panel_cols);
+        TRANSPOSE(kernels, columns, b->stride, here, depth, packed, panel_cols);
 #else
         OPERAND lines[4 * NAME(DEPTH)];
         for (int64_t i = 0; i < here; i += 4) { /* four columns are converted, then transposed */
             const int64_t wide = least(4, here - i);
             for (int64_t k = 0; k < wide; k++)
                 NAME(stored_to_operands)(kernels, depth, columns + (i + k) * b->stride, lines + k * NAME(DEPTH));
-            TRANSPOSE(lines, NAME(DEPTH), wide, depth, packed + i, panel_cols);
+            TRANSPOSE(kernels, lines, NAME(DEPTH), wide, depth, packed + i, panel_cols);
         }
 #endif
     }
@@ -70,6 +72,5 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
 /* to[j, i] = from[i, j] */
 static void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,
                        int64_t cols, OPERAND *to, int64_t to_stride) {
-    (void)kernels;
-    TRANSPOSE(from, from_stride, rows, cols, to, to_stride);
+    TRANSPOSE(kernels, from, from_stride, rows, cols, to, to_stride);
 }

@@ -1,6 +1,8 @@
 /* How the factors of a product are packed where the depth goes by pairs of 16-bit elements: a pair lies in one word, so
  * that a panel is [pairs, panel_cols] words. An odd depth ends in a pair with a zero. See gemm_body.h. */
 
+enum { NAME(GROUP) = 2 };
+
 static inline int64_t NAME(packed_depth)(int64_t depth) { return (depth + 1) / 2 * 2; }
 
 static const OPERAND NAME(zeros)[BLOCK_COLS];
@@ -10,11 +12,11 @@ static void NAME(pair_rows)(const mmbal_kernels *kernels, const OPERAND *rows, i
                             int64_t cols, int panel_cols, OPERAND *packed) {
     OPERAND words[2 * BLOCK_COLS];
     fetch ahead = make_fetch(rows, stride * (int64_t)sizeof(OPERAND), depth, cols * (int64_t)sizeof(OPERAND));
-    fetch_lines(&ahead, FETCH_AHEAD * ahead.lines);
+    fetch_lines_now(&ahead, FETCH_AHEAD * ahead.lines);
     for (int64_t d = 0; d < depth; d += 2) {
         const OPERAND *row = rows + d * stride;
         OPERAND *to = packed + d * panel_cols;
-        fetch_lines(&ahead, 2 * ahead.lines);
+        fetch_lines_now(&ahead, 2 * ahead.lines);
         kernels->interleave(cols, row, d + 1 < depth ? row + stride : NAME(zeros), words);
         for (int64_t left = 0; left < cols; left += panel_cols, to += panel_cols * NAME(packed_depth)(depth)) {
             const int64_t here = least(panel_cols, cols - left);
@@ -41,7 +43,7 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
         const int64_t here = least(panel_cols, cols - left);
         const OPERAND *columns = b->data + (col + left) * b->stride + from;
         if (here < panel_cols) memset(packed, 0, sizeof(OPERAND) * (size_t)(panel_cols * NAME(packed_depth)(depth)));
-        TRANSPOSE(columns, b->stride / 2, here, by_words / 2, packed, panel_cols);
+        TRANSPOSE(kernels, columns, b->stride / 2, here, by_words / 2, packed, panel_cols);
         for (int64_t d = by_words; d < depth; d += 2) {
             for (int64_t i = 0; i < here; i++) {
                 OPERAND *word = packed + d * panel_cols + 2 * i;
@@ -64,7 +66,7 @@ static void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_
                 const OPERAND *second = i + 2 * k + 1 < rows ? row + from_stride : NAME(zeros);
                 kernels->interleave(here, row, second, words + k * 2 * BLOCK_COLS);
             }
-            TRANSPOSE(words, BLOCK_COLS, pairs, here, to + left * to_stride + i, to_stride / 2);
+            TRANSPOSE(kernels, words, BLOCK_COLS, pairs, here, to + left * to_stride + i, to_stride / 2);
         }
     }
 }

@@ -8,6 +8,17 @@ static void NAME(narrow)(const mmbal_kernels *kernels, int64_t n, const REAL *fr
     NARROW(kernels, n, from, to);
 }
 
+/* narrow around the caches, n <= BLOCK_COLS */
+static void NAME(narrow_past_caches)(const mmbal_kernels *kernels, int64_t n, const REAL *from, STORED *to) {
+#if STORED_IS_REAL
+    kernels->stream(n * (int64_t)sizeof(STORED), from, to);
+#else
+    STORED line[BLOCK_COLS];
+    NARROW(kernels, n, from, line);
+    kernels->stream(n * (int64_t)sizeof(STORED), line, to);
+#endif
+}
+
 #if OPERAND_IS_STORED
 static void NAME(to_operands)(const mmbal_kernels *kernels, int64_t n, const REAL *from, OPERAND *to) {
     NARROW(kernels, n, from, to);

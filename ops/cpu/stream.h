@@ -5,25 +5,35 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "arena.h"
+
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 /* Less than this may still be in a third-level cache when it is read again. */
 enum { STREAMED_BYTES = 8 << 20 };
 
-static inline void stream_bytes(void *to, const void *from, int64_t bytes) {
-#ifdef __SSE2__
-    if ((uintptr_t)to % sizeof(__m128i) == 0) {
-        const int64_t whole = bytes / (int64_t)sizeof(__m128i);
-        for (int64_t i = 0; i < whole; i++)
-            _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128((const __m128i *)from + i));
-        const int64_t done = whole * (int64_t)sizeof(__m128i);
-        memcpy((char *)to + done, (const char *)from + done, (size_t)(bytes - done));
-        return;
-    }
+/* One cache line, aligned at `to`. */
+static inline void stream_line(void *to, const void *from) {
+#if defined __AVX512F__
+    _mm512_stream_si512(to, _mm512_loadu_si512(from));
+#elif defined __SSE2__
+    for (int i = 0; i < CACHE_LINE / (int)sizeof(__m128i); i++)
+        _mm_stream_si128((__m128i *)to + i, _mm_loadu_si128((const __m128i *)from + i));
+#else
+    memcpy(to, from, CACHE_LINE);
 #endif
-    memcpy(to, from, (size_t)bytes);
+}
+
+static inline void stream_bytes(void *to, const void *from, int64_t bytes) {
+    char *target = (char *)to;
+    const char *source = (const char *)from;
+    const int64_t before = (int64_t)(-(uintptr_t)to % CACHE_LINE), head = before < bytes ? before : bytes;
+    const int64_t whole = (bytes - head) / CACHE_LINE * CACHE_LINE, tail = bytes - head - whole;
+    if (head) memcpy(target, source, (size_t)head);
+    for (int64_t i = head; i < head + whole; i += CACHE_LINE) stream_line(target + i, source + i);
+    if (tail) memcpy(target + head + whole, source + head + whole, (size_t)tail);
 }
 
 /* Makes what was streamed visible to other threads like any other store. */

@@ -5,8 +5,8 @@
 enum { TILE_ROWS_BF16 = TILE_ROWS, TILE_COLS_BF16 = 32 };
 
 static inline __attribute__((always_inline)) void tile_of_bf16(const int rows, int64_t depth, const bfloat16 *a,
-                                                               int64_t a_stride, const bfloat16 *b, float *c,
-                                                               int64_t c_stride, int add) {
+                                                               int64_t a_stride, const bfloat16 *b, int64_t b_stride,
+                                                               float *c, int64_t c_stride, int add, fetch *ahead) {
     __m512 sum[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
@@ -16,7 +16,9 @@ static inline __attribute__((always_inline)) void tile_of_bf16(const int rows, i
     const bfloat16 *third[(TILE_ROWS + 2) / 3];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i += 3) third[i / 3] = a + i * a_stride;
-    for (int64_t d = 0; d < depth; d += 2, b += 64) {
+    fetch next = *ahead;
+    for (int64_t d = 0; d < depth; d += 2, b += b_stride) {
+        fetch_lines(&next, next.pace);
         const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 32);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
@@ -32,12 +34,13 @@ static inline __attribute__((always_inline)) void tile_of_bf16(const int rows, i
         _mm512_storeu_ps(c + i * c_stride, sum[i][0]);
         _mm512_storeu_ps(c + i * c_stride + 16, sum[i][1]);
     }
+    *ahead = next;
 }
 
-static void tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b, float *c,
-                      int64_t c_stride, int add) {
+static void tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b, int64_t b_stride,
+                      float *c, int64_t c_stride, int add, fetch *ahead) {
 #define FOR_ROWS(n)                                                                                                    \
-    case n: tile_of_bf16(n, depth, a, a_stride, b, c, c_stride, add); return
+    case n: tile_of_bf16(n, depth, a, a_stride, b, b_stride, c, c_stride, add, ahead); return
     SWITCH_ROWS
 #undef FOR_ROWS
 }

@@ -21,8 +21,8 @@ static inline void NAME(transpose_four)(const NAME(word) * from, int64_t from_st
 /* to[j, i] = from[i, j], 0 <= i < rows, 0 <= j < cols; strides in elements. Goes by stretches of four lines of each
  * row; the next stretch is fetched meanwhile, as so many rows are more streams than the processor would follow by
  * itself. */
-static inline void NAME(transpose)(const void *from, int64_t from_stride, int64_t rows, int64_t cols, void *to,
-                                   int64_t to_stride) {
+static void NAME(transpose)(const void *from, int64_t from_stride, int64_t rows, int64_t cols, void *to,
+                            int64_t to_stride) {
     enum { A_LINE = CACHE_LINE / sizeof(WORD), ACROSS = 4 * A_LINE };
     for (int64_t left = 0; left < cols; left += ACROSS) {
         const int64_t across = least(ACROSS, cols - left), whole = across / 4 * 4;

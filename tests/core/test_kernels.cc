@@ -1,16 +1,15 @@
 // Every instruction set that this machine can run, against loops in double and against the portable kernels.
 #include "activations.h"
-#include "helpers.h"
-#include "mmbal/cpu.h"
+#include "every_isa.h"
 
 extern "C" {
 #include "bfloat16.h"
 #include "float16.h"
-#include "kernels.h"
 }
 
 namespace {
 
+using mmbal_test::EveryIsa;
 using mmbal_test::Random;
 using mmbal_test::same_bits;
 
@@ -25,9 +24,9 @@ struct Kernels<float> {
     const mmbal_kernels *table;
     int rows() const { return table->tile_rows_f32; }
     int cols() const { return table->tile_cols_f32; }
-    void tile(int n, int64_t depth, const float *a, int64_t a_stride, const float *b, float *c, int64_t stride,
-              int add) const {
-        table->tile_f32(n, depth, a, a_stride, b, c, stride, add);
+    void tile(int n, int64_t depth, const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
+              int64_t stride, int add, fetch ahead = {}) const {
+        table->tile_f32(n, depth, a, a_stride, b, b_stride, c, stride, add, &ahead);
     }
     void activate(mmbal_activation which, int64_t n, const float *u, float *value, float *slope) const {
         table->activate_f32(which, n, u, value, slope);
@@ -40,9 +39,9 @@ struct Kernels<double> {
     const mmbal_kernels *table;
     int rows() const { return table->tile_rows_f64; }
     int cols() const { return table->tile_cols_f64; }
-    void tile(int n, int64_t depth, const double *a, int64_t a_stride, const double *b, double *c, int64_t stride,
-              int add) const {
-        table->tile_f64(n, depth, a, a_stride, b, c, stride, add);
+    void tile(int n, int64_t depth, const double *a, int64_t a_stride, const double *b, int64_t b_stride, double *c,
+              int64_t stride, int add, fetch ahead = {}) const {
+        table->tile_f64(n, depth, a, a_stride, b, b_stride, c, stride, add, &ahead);
     }
     void activate(mmbal_activation which, int64_t n, const double *u, double *value, double *slope) const {
         table->activate_f64(which, n, u, value, slope);
@@ -57,34 +56,23 @@ std::vector<Real> numbers(Random &random, int64_t count) {
     return values;
 }
 
-class EveryIsa : public ::testing::TestWithParam<mmbal_isa> {
-protected:
-    void SetUp() override {
-        if (GetParam() == MMBAL_ISA_AVX2 && !(mmbal_cpu_features() & MMBAL_CPU_AVX2_FMA)) GTEST_SKIP() << "no AVX2";
-        if (GetParam() == MMBAL_ISA_AVX512 && !(mmbal_cpu_features() & MMBAL_CPU_AVX512)) GTEST_SKIP() << "no AVX-512";
-        if (GetParam() == MMBAL_ISA_AVX512_BF16 && !(mmbal_cpu_features() & MMBAL_CPU_AVX512_BF16))
-            GTEST_SKIP() << "no AVX512-BF16";
-        if (GetParam() == MMBAL_ISA_AMX && !(mmbal_cpu_features() & MMBAL_CPU_AMX_BF16)) GTEST_SKIP() << "no AMX";
-        ASSERT_NE(mmbal_kernels_of(GetParam()), nullptr);
-    }
-    const mmbal_kernels *table() const { return mmbal_kernels_of(GetParam()); }
-};
-
 // One tile of every number of rows, with c inside a larger matrix; a and b exactly as large as promised.
 template <typename Real>
 void expect_tile_product(Kernels<Real> kernels, int rows, int64_t depth, int add, uint64_t seed) {
     Random random(seed);
     const int cols = kernels.cols(), stride = cols + 3;
     const int64_t a_stride = depth + 5;
-    const auto a = numbers<Real>(random, (rows - 1) * a_stride + depth), b = numbers<Real>(random, depth * cols);
+    const int64_t b_stride = cols + depth % 3; // packed, or rows of a wider matrix
+    const auto a = numbers<Real>(random, (rows - 1) * a_stride + depth);
+    const auto b = numbers<Real>(random, depth > 0 ? (depth - 1) * b_stride + cols : 0);
     const auto before = numbers<Real>(random, (rows - 1) * stride + cols); // nothing behind the tile's last element
     auto c = before;
-    kernels.tile(rows, depth, a.data(), a_stride, b.data(), c.data(), stride, add);
+    kernels.tile(rows, depth, a.data(), a_stride, b.data(), b_stride, c.data(), stride, add);
     for (int i = 0; i < rows; i++) {
         for (int j = 0; j < (i + 1 < rows ? stride : cols); j++) {
             double sum = add || j >= cols ? before[i * stride + j] : 0, magnitude = std::fabs(sum);
             for (int64_t d = 0; d < depth && j < cols; d++) {
-                const double term = static_cast<double>(a[i * a_stride + d]) * static_cast<double>(b[d * cols + j]);
+                const double term = static_cast<double>(a[i * a_stride + d]) * static_cast<double>(b[d * b_stride + j]);
                 sum += term, magnitude += std::fabs(term);
             }
             const double bound = depth == 0 || j >= cols ? 0 : 2 * (depth + 2) * kernels.half_ulp * magnitude;
@@ -115,7 +103,8 @@ std::vector<Real> product(Kernels<Real> kernels, const std::vector<Real> &a, con
             for (int k = 0; k < kernels.cols(); k++) panel[d * kernels.cols() + k] = b[(j + k) * depth + d];
         for (int64_t i = 0; i < rows; i += kernels.rows()) {
             const int here = static_cast<int>(std::min<int64_t>(kernels.rows(), rows - i));
-            kernels.tile(here, depth, a.data() + i * depth, depth, panel.data(), c.data() + i * cols + j, cols, 0);
+            kernels.tile(here, depth, a.data() + i * depth, depth, panel.data(), kernels.cols(),
+                         c.data() + i * cols + j, cols, 0);
         }
     }
     return c;
@@ -145,11 +134,11 @@ void expect_split_sum_is_the_whole_sum(Kernels<Real> kernels) {
     const int64_t depth = 100;
     const auto a = numbers<Real>(random, depth * rows), b = numbers<Real>(random, depth * cols);
     std::vector<Real> whole(rows * cols, 7);
-    kernels.tile(rows, depth, a.data(), depth, b.data(), whole.data(), cols, 0);
+    kernels.tile(rows, depth, a.data(), depth, b.data(), cols, whole.data(), cols, 0);
     for (int64_t cut : {0, 1, 37, 64, 99, 100}) {
         std::vector<Real> parts(rows * cols, 7);
-        kernels.tile(rows, cut, a.data(), depth, b.data(), parts.data(), cols, 0);
-        kernels.tile(rows, depth - cut, a.data() + cut, depth, b.data() + cut * cols, parts.data(), cols, 1);
+        kernels.tile(rows, cut, a.data(), depth, b.data(), cols, parts.data(), cols, 0);
+        kernels.tile(rows, depth - cut, a.data() + cut, depth, b.data() + cut * cols, cols, parts.data(), cols, 1);
         EXPECT_TRUE(same_bits(whole, parts)) << cut;
     }
 }
@@ -166,12 +155,13 @@ void expect_same_bits_at_any_address(Kernels<Real> kernels) {
     const int64_t depth = 33;
     const auto a = numbers<Real>(random, depth * rows), b = numbers<Real>(random, depth * cols);
     std::vector<Real> first(rows * cols);
-    kernels.tile(rows, depth, a.data(), depth, b.data(), first.data(), cols, 0);
+    kernels.tile(rows, depth, a.data(), depth, b.data(), cols, first.data(), cols, 0);
     for (int shift = 1; shift < 16; shift++) {
         std::vector<Real> moved_a(shift, NAN), moved_b(shift, NAN), c(shift + rows * cols);
         moved_a.insert(moved_a.end(), a.begin(), a.end());
         moved_b.insert(moved_b.end(), b.begin(), b.end());
-        kernels.tile(rows, depth, moved_a.data() + shift, depth, moved_b.data() + shift, c.data() + shift, cols, 0);
+        kernels.tile(rows, depth, moved_a.data() + shift, depth, moved_b.data() + shift, cols, c.data() + shift, cols,
+                     0);
         EXPECT_TRUE(same_bits(first, std::vector<Real>(c.begin() + shift, c.end()))) << shift;
     }
 }
@@ -188,10 +178,10 @@ void expect_equal_rows_get_equal_bits(Kernels<Real> kernels) {
     const int cols = kernels.cols();
     const auto row = numbers<Real>(random, 50), b = numbers<Real>(random, 50 * cols);
     std::vector<Real> alone(cols);
-    kernels.tile(1, 50, row.data(), 50, b.data(), alone.data(), cols, 0);
+    kernels.tile(1, 50, row.data(), 50, b.data(), cols, alone.data(), cols, 0);
     for (int rows = 1; rows <= kernels.rows(); rows++) {
         std::vector<Real> c(rows * cols);
-        kernels.tile(rows, 50, row.data(), 0, b.data(), c.data(), cols, 0);
+        kernels.tile(rows, 50, row.data(), 0, b.data(), cols, c.data(), cols, 0);
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < cols; j++) ASSERT_EQ(c[i * cols + j], alone[j]) << i << " of " << rows << ", " << j;
     }
@@ -209,7 +199,7 @@ TEST_P(EveryIsa, NanAndInfinityOfOneRowStayInItsRow) {
         for (int bad = 0; bad < rows; bad++) {
             std::vector<float> a(3 * rows, 1), b(3 * cols, 1), c(rows * cols);
             a[bad * 3 + 1] = poison;
-            kernels.tile(rows, 3, a.data(), 3, b.data(), c.data(), cols, 0);
+            kernels.tile(rows, 3, a.data(), 3, b.data(), cols, c.data(), cols, 0);
             for (int i = 0; i < rows; i++)
                 for (int j = 0; j < cols; j++) ASSERT_EQ(std::isfinite(c[i * cols + j]), i != bad) << i << ", " << j;
         }
@@ -425,122 +415,12 @@ TEST_P(EveryIsa, RowsOfAnyLengthAreConvertedAndInterleaved) {
     }
 }
 
-std::vector<mmbal_isa> isas_of_this_build() {
-    std::vector<mmbal_isa> isas;
-    for (int isa = MMBAL_ISA_PORTABLE; isa <= MMBAL_ISA_AMX; isa++)
-        if (mmbal_kernels_of(isa)) isas.push_back(static_cast<mmbal_isa>(isa));
-    return isas;
-}
-
-INSTANTIATE_TEST_SUITE_P(Kernels, EveryIsa, ::testing::ValuesIn(isas_of_this_build()),
-                         [](const auto &of) { return mmbal_isa_name(of.param); });
+MMBAL_INSTANTIATE_FOR_EVERY_ISA();
 
 TEST(Kernels, PortableKernelsAreInEveryBuild) { EXPECT_NE(mmbal_kernels_of(MMBAL_ISA_PORTABLE), nullptr); }
 
 TEST(Kernels, IsaWithoutKernelsGivesNull) {
     for (int isa : {-1, 99}) EXPECT_EQ(mmbal_kernels_of(isa), nullptr) << isa;
-}
-
-TEST(Bfloat16, KnownRoundings) {
-    const struct {
-        uint32_t bits;
-        bfloat16 expected;
-        const char *what;
-    } cases[] = {
-        {0x3F800000, 0x3F80, "1"},
-        {0x3F807FFF, 0x3F80, "just below the middle"},
-        {0x3F808000, 0x3F80, "tie to the even one below"},
-        {0x3F808001, 0x3F81, "just above the middle"},
-        {0x3F818000, 0x3F82, "tie to the even one above"},
-        {0x3FFFFFFF, 0x4000, "carry into the exponent"},
-        {0x7F7FFFFF, 0x7F80, "the largest float32 becomes infinity"},
-        {0x7F7F7FFF, 0x7F7F, "just below the middle of the largest and infinity"},
-        {0x7F800000, 0x7F80, "infinity"},
-        {0xFF800000, 0xFF80, "-infinity"},
-        {0x80000000, 0x8000, "-0"},
-        {0x00000001, 0x0000, "the smallest subnormal"},
-        {0x00008000, 0x0000, "tie between 0 and a subnormal"},
-        {0x00018000, 0x0002, "tie between subnormals"},
-        {0x007FFFFF, 0x0080, "the largest subnormal becomes normal"},
-    };
-    for (const auto &c : cases) EXPECT_EQ(bfloat16_of_float(float_of_bits(c.bits)), c.expected) << c.what;
-}
-
-TEST(Bfloat16, EveryNumberSurvivesTheRoundTrip) {
-    for (uint32_t stored = 0; stored <= 0xFFFF; stored++) {
-        const float value = float_of_bfloat16(static_cast<bfloat16>(stored));
-        if (std::isnan(value)) continue;
-        ASSERT_EQ(bfloat16_of_float(value), stored);
-    }
-}
-
-TEST(Bfloat16, EveryNanStaysANanOfItsSign) {
-    for (uint32_t payload : {0x000001u, 0x007FFFu, 0x008000u, 0x00FFFFu, 0x3FFFFFu, 0x400000u, 0x7F8000u, 0x7FFFFFu}) {
-        for (uint32_t sign : {0u, 0x80000000u}) {
-            const float back = float_of_bfloat16(bfloat16_of_float(float_of_bits(sign | 0x7F800000u | payload)));
-            EXPECT_TRUE(std::isnan(back)) << std::hex << payload;
-            EXPECT_EQ(std::signbit(back), sign != 0) << std::hex << payload;
-        }
-    }
-}
-
-// Between each two neighbours: a quarter goes down, three quarters up, the middle to the even one.
-TEST(Bfloat16, RoundsToTheNearestBetweenAllNeighbours) {
-    for (uint32_t stored = 0; stored < 0x7F80; stored++) {
-        for (uint32_t sign : {0u, 0x8000u}) {
-            const uint32_t below = sign | stored, bits = below << 16, even = below + (stored & 1);
-            ASSERT_EQ(bfloat16_of_float(float_of_bits(bits + 0x4000)), below);
-            ASSERT_EQ(bfloat16_of_float(float_of_bits(bits + 0x8000)), even);
-            ASSERT_EQ(bfloat16_of_float(float_of_bits(bits + 0xC000)), below + 1);
-        }
-    }
-}
-
-TEST(Float16, KnownRoundings) {
-    const struct {
-        float value;
-        float16 expected;
-        const char *what;
-    } cases[] = {
-        {1.0f, 0x3C00, "1"},
-        {-2.0f, 0xC000, "-2"},
-        {65504.0f, 0x7BFF, "the largest"},
-        {65519.996f, 0x7BFF, "just below the middle of the largest and infinity"},
-        {65520.0f, 0x7C00, "the middle becomes infinity"},
-        {1e30f, 0x7C00, "beyond"},
-        {INFINITY, 0x7C00, "infinity"},
-        {-0.0f, 0x8000, "-0"},
-        {0x1p-24f, 0x0001, "the smallest subnormal"},
-        {0x1p-25f, 0x0000, "tie between 0 and a subnormal"},
-        {0x1.8p-24f, 0x0002, "tie between subnormals"},
-        {0x1.ffcp-15f, 0x0400, "tie of the largest subnormal becomes normal"},
-        {0x1p-40f, 0x0000, "far below"},
-    };
-    for (const auto &c : cases) EXPECT_EQ(float16_of_float(c.value), c.expected) << c.what;
-}
-
-TEST(Float16, EveryNumberIsThatOfItsBitsAndSurvivesTheRoundTrip) {
-    for (uint32_t stored = 0; stored <= 0xFFFF; stored++) {
-        const float value = float_of_float16(static_cast<float16>(stored));
-        const double expected = mmbal_test::F16::load({static_cast<uint16_t>(stored)});
-        ASSERT_EQ(std::isnan(value), std::isnan(expected)) << stored;
-        if (std::isnan(value)) {
-            ASSERT_TRUE(std::isnan(float_of_float16(float16_of_float(value))));
-            continue;
-        }
-        ASSERT_EQ(value, expected) << stored;
-        ASSERT_EQ(float16_of_float(value), stored);
-    }
-}
-
-TEST(Float16, RoundsToTheNearestBetweenAllNeighbours) {
-    for (uint32_t stored = 0; stored < 0x7BFF; stored++) {
-        const float below = float_of_float16(static_cast<float16>(stored));
-        const float above = float_of_float16(static_cast<float16>(stored + 1)), step = above - below;
-        ASSERT_EQ(float16_of_float(below + step / 4), stored);
-        ASSERT_EQ(float16_of_float(below + step / 2), stored + (stored & 1));
-        ASSERT_EQ(float16_of_float(below + step * 3 / 4), stored + 1);
-    }
 }
 
 } // namespace

@@ -19,8 +19,14 @@ using mmbal_test::same_bits;
 
 struct Tile {
     int rows, cols;
-    mmbal_tile_bf16 *run;
+    mmbal_tile_bf16 *tile;
     std::string name;
+    // b packed
+    void run(int n, int64_t depth, const uint16_t *a, int64_t a_stride, const uint16_t *b, float *c, int64_t stride,
+             int add) const {
+        fetch nothing = {};
+        tile(n, depth, a, a_stride, b, 2 * cols, c, stride, add, &nothing);
+    }
 };
 
 // What this machine can run, and the model.
@@ -39,7 +45,7 @@ std::vector<Tile> tiles() {
 class TileBf16 : public ::testing::TestWithParam<Tile> {};
 
 TEST_P(TileBf16, IsThePlainLoopForEveryNumberOfRowsAndDepth) {
-    const auto &[most_rows, cols, run, name] = GetParam();
+    const int most_rows = GetParam().rows, cols = GetParam().cols;
     for (int rows = 1; rows <= most_rows; rows++) {
         for (int64_t depth : {0, 2, 4, 30, 32, 34, 62, 64, 66, 256}) {
             for (int add : {0, 1}) {
@@ -50,7 +56,7 @@ TEST_P(TileBf16, IsThePlainLoopForEveryNumberOfRowsAndDepth) {
                 std::vector<float> before((rows - 1) * stride + cols);
                 for (auto &value : before) value = static_cast<float>(random.uniform(-1, 1));
                 auto c = before;
-                run(rows, depth, a.data(), a_stride, b.data(), c.data(), stride, add);
+                GetParam().run(rows, depth, a.data(), a_stride, b.data(), c.data(), stride, add);
                 if (HasFatalFailure()) return;
                 for (int i = 0; i < rows; i++) {
                     for (int j = 0; j < (i + 1 < rows ? stride : cols); j++) {
@@ -71,14 +77,14 @@ TEST_P(TileBf16, IsThePlainLoopForEveryNumberOfRowsAndDepth) {
 }
 
 TEST_P(TileBf16, RowsDoNotDependOnTheRowsBesideThem) {
-    const auto &[most_rows, cols, run, name] = GetParam();
+    const int most_rows = GetParam().rows, cols = GetParam().cols;
     Random random(5);
     const auto row = random.tensor<BF16>(70, 1), b = random.tensor<BF16>(70 * cols, 1);
     std::vector<float> alone(cols);
-    run(1, 70, row.data(), 70, b.data(), alone.data(), cols, 0);
+    GetParam().run(1, 70, row.data(), 70, b.data(), alone.data(), cols, 0);
     for (int rows = 1; rows <= most_rows; rows++) {
         std::vector<float> c(rows * cols);
-        run(rows, 70, row.data(), 0, b.data(), c.data(), cols, 0);
+        GetParam().run(rows, 70, row.data(), 0, b.data(), c.data(), cols, 0);
         for (int i = 0; i < rows; i++)
             ASSERT_TRUE(same_bits(alone, {c.begin() + i * cols, c.begin() + (i + 1) * cols})) << i << " of " << rows;
     }
@@ -86,31 +92,31 @@ TEST_P(TileBf16, RowsDoNotDependOnTheRowsBesideThem) {
 
 // Blocks cut the depth at multiples of 512.
 TEST_P(TileBf16, SumCutAtMultiplesOf32IsTheWholeSum) {
-    const auto &[most_rows, cols, run, name] = GetParam();
+    const int most_rows = GetParam().rows, cols = GetParam().cols;
     Random random(6);
     const int64_t depth = 150;
     const auto a = random.tensor<BF16>(most_rows * depth, 1), b = random.tensor<BF16>(depth * cols, 1);
     std::vector<float> whole(most_rows * cols);
-    run(most_rows, depth, a.data(), depth, b.data(), whole.data(), cols, 0);
+    GetParam().run(most_rows, depth, a.data(), depth, b.data(), whole.data(), cols, 0);
     for (int64_t cut : {0, 32, 96, 128}) {
         std::vector<float> parts(most_rows * cols, 7);
-        run(most_rows, cut, a.data(), depth, b.data(), parts.data(), cols, 0);
-        run(most_rows, depth - cut, a.data() + cut, depth, b.data() + cut * cols, parts.data(), cols, 1);
+        GetParam().run(most_rows, cut, a.data(), depth, b.data(), parts.data(), cols, 0);
+        GetParam().run(most_rows, depth - cut, a.data() + cut, depth, b.data() + cut * cols, parts.data(), cols, 1);
         EXPECT_TRUE(same_bits(whole, parts)) << cut;
     }
 }
 
 TEST_P(TileBf16, DoesNotDependOnAddresses) {
-    const auto &[most_rows, cols, run, name] = GetParam();
+    const int most_rows = GetParam().rows, cols = GetParam().cols;
     Random random(7);
     const auto a = random.tensor<BF16>(most_rows * 36, 1), b = random.tensor<BF16>(36 * cols, 1);
     std::vector<float> first(most_rows * cols);
-    run(most_rows, 36, a.data(), 36, b.data(), first.data(), cols, 0);
+    GetParam().run(most_rows, 36, a.data(), 36, b.data(), first.data(), cols, 0);
     for (int shift = 1; shift < 33; shift += 5) {
         std::vector<uint16_t> moved_a(shift), moved_b(shift);
         moved_a.insert(moved_a.end(), a.begin(), a.end()), moved_b.insert(moved_b.end(), b.begin(), b.end());
         std::vector<float> c(shift + most_rows * cols);
-        run(most_rows, 36, moved_a.data() + shift, 36, moved_b.data() + shift, c.data() + shift, cols, 0);
+        GetParam().run(most_rows, 36, moved_a.data() + shift, 36, moved_b.data() + shift, c.data() + shift, cols, 0);
         EXPECT_TRUE(same_bits(first, {c.begin() + shift, c.end()})) << shift;
     }
 }

@@ -55,6 +55,49 @@ def test_gradients_equal_finite_differences(activation):
     assert torch.autograd.gradcheck(run, leaves)
 
 
+needs_kept_gradients = pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 cannot hold kept memory")
+
+
+def large_case():
+    """Gradients of the weights are 4 MiB each: large enough to be kept."""
+    return oracles.mlp_case(N=6, D=128, F=2048, E=4, dtype=torch.float32).requiring_grad()
+
+
+@needs_kept_gradients
+def test_memory_of_a_freed_gradient_is_that_of_a_later_one():
+    case, grad_y = large_case(), torch.randn(6, 128)
+    addresses = []
+    for _ in range(3):
+        found = gradients(case, lambda c: expert_mlp(*c.arguments()), grad_y)
+        addresses.append({g.data_ptr() for g in found if g.numel() >= 2**20})
+        del found
+    assert len(addresses[0]) == 2
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_gradients_that_are_alive_never_share_memory():
+    case, grad_y = large_case(), torch.randn(6, 128)
+    first = gradients(case, lambda c: expert_mlp(*c.arguments()), grad_y)
+    copies = [g.clone() for g in first]
+    second = gradients(case, lambda c: expert_mlp(*c.arguments()), 2 * grad_y)
+    for one, copy, two in zip(first, copies, second, strict=True):
+        assert torch.equal(one, copy)
+        oracles.assert_near(two, 2 * one.double(), 1e-6, "twice the gradient")
+
+
+def test_a_kept_gradient_may_be_changed_viewed_saved_and_accumulated(tmp_path):
+    case, grad_y = large_case(), torch.randn(6, 128)
+    w1 = case.differentiable()["w1"]
+    expert_mlp(*case.arguments()).backward(grad_y)
+    once = w1.grad.clone()
+    expert_mlp(*case.arguments()).backward(grad_y)
+    oracles.assert_near(w1.grad, 2 * once.double(), 1e-6, "accumulated")
+    w1.grad.mul_(0.5)
+    oracles.assert_near(w1.grad[1].t(), once[1].t().double(), 1e-6, "view")
+    torch.save(w1.grad, tmp_path / "grad.pt")
+    assert torch.equal(torch.load(tmp_path / "grad.pt"), w1.grad)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradients_through_the_router_equal_finite_differences(normalize):
     case = oracles.mlp_case(N=6, D=3, F=4)

@@ -1,31 +1,23 @@
 // What every binding shares: torch's pool lent to the C core, the checks of arguments, and a status made an exception.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "mmbal/dtype.h"
 #include "mmbal/pool.h"
 #include "mmbal/status.h"
 
 namespace mmbal {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // One call's view of torch's threads. Inside another parallel region torch runs it serially, and so do we.
 class TorchPool {
@@ -114,54 +106,5 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor> &t) {
 inline const void *data_or_null(const std::optional<Tensor> &t) { return t ? t->const_data_ptr() : nullptr; }
 
 inline const int64_t *index_data(const Tensor &t) { return static_cast<const int64_t *>(t.const_data_ptr()); }
-
-// Large new memory costs a page fault for each page that is written first. Where the system lets a program ask for
-// large pages there are 512 times fewer; where it does not, nothing changes.
-inline void ask_for_large_pages(const Tensor &t) {
-#if defined __linux__ && defined MADV_HUGEPAGE
-    constexpr uintptr_t LARGE = uintptr_t{1} << 21;
-    const auto begin = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + LARGE - 1) / LARGE * LARGE;
-    const auto end = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) +
-                      static_cast<uintptr_t>(t.numel()) * static_cast<uintptr_t>(t.element_size())) /
-                     LARGE * LARGE;
-    if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)t;
-#endif
-}
-
-// Scratch memory for one call (`mmbal info` names the limit). The last one given back is kept for the next call, up to
-// KEPT_BYTES: clearing fresh pages costs a tenth of a training step. Two calls at once get two; there is nothing to
-// wait for.
-class Workspace {
-public:
-    static constexpr int64_t KEPT_BYTES = int64_t{256} << 20;
-
-    Workspace(const Tensor &like, int64_t bytes) : memory_(kept().exchange(nullptr)) {
-        if (memory_ && memory_->numel() >= bytes) return;
-        delete memory_;
-        try {
-            memory_ = new Tensor(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
-        } catch (const std::exception &) { // whose message names a function of torch, not what is missing
-            STD_TORCH_CHECK(false, "mmbal: cannot allocate a workspace of ", bytes, " bytes");
-        }
-        ask_for_large_pages(*memory_);
-    }
-    ~Workspace() {
-        if (memory_->numel() <= KEPT_BYTES) memory_ = kept().exchange(memory_);
-        delete memory_;
-    }
-    Workspace(const Workspace &) = delete;
-    Workspace &operator=(const Workspace &) = delete;
-    void *data() const { return memory_->mutable_data_ptr(); }
-
-private:
-    // What is kept at the end of the process is left to the system: torch may be gone before us.
-    static std::atomic<Tensor *> &kept() {
-        static std::atomic<Tensor *> tensor{nullptr};
-        return tensor;
-    }
-    Tensor *memory_;
-};
 
 } // namespace mmbal

@@ -98,12 +98,10 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
     const auto [N, D, F, E, K] = call.shape;
     Tensor y = torch::stable::new_empty(call.x, {N, D});
     Tensor preactivation =
-        keep_preactivation ? torch::stable::new_empty(call.x, {N * K, F}) : torch::stable::new_empty(call.x, {0, F});
-    if (keep_preactivation) ask_for_large_pages(preactivation);
+        keep_preactivation ? empty_kept(call.x, {N * K, F}) : torch::stable::new_empty(call.x, {0, F});
     TorchPool pool;
     const mmbal_expert_mlp_inputs inputs = call.inputs();
-    const Workspace workspace(call.x,
-                              mmbal_expert_mlp_workspace(call.dtype, call.shape, inputs.offsets, pool.workers()));
+    const Workspace workspace(mmbal_expert_mlp_workspace(call.dtype, call.shape, inputs.offsets, pool.workers()));
     call.check_result(mmbal_expert_mlp(call.dtype, &inputs, call.shape, &call.options, y.mutable_data_ptr(),
                                        keep_preactivation ? preactivation.mutable_data_ptr() : nullptr,
                                        workspace.data(), pool.get()));
@@ -154,14 +152,13 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
     for (size_t i = 0; i < sizes.size(); i++) {
         const Tensor &like = i == 5 ? call.weights : call.x;
         const std::vector<int64_t> none = {0};
-        gradients.push_back(torch::stable::new_empty(like, needed[i] ? sizes[i] : none));
-        ask_for_large_pages(gradients[i]);
+        gradients.push_back(empty_kept(like, needed[i] ? sizes[i] : none));
         data.push_back(needed[i] ? gradients[i].mutable_data_ptr() : nullptr);
     }
     TorchPool pool;
     const mmbal_expert_mlp_inputs inputs = call.inputs();
     const Workspace workspace(
-        call.x, mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, inputs.offsets, pool.workers()));
+        mmbal_expert_mlp_backward_workspace(call.dtype, call.shape, inputs.offsets, pool.workers()));
     const mmbal_expert_mlp_gradients outputs = {data[0], data[1], data[2], data[3], data[4], data[5]};
     call.check_result(mmbal_expert_mlp_backward(call.dtype, dy.const_data_ptr(), &inputs,
                                                 preactivation.const_data_ptr(), call.shape, &call.options, &outputs,

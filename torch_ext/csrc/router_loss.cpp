@@ -56,7 +56,7 @@ Tensor load_balance_loss(Tensor logits, Tensor indices, std::optional<Tensor> to
     indices = check_indices(op, indices, in.N);
     const mmbal_balance balance = check_normalize(op, normalize);
     Tensor loss = torch::stable::new_empty(in.logits, {}, real_type(in.dtype));
-    const Workspace workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
+    const Workspace workspace(mmbal_router_loss_workspace(in.N, in.E));
     TorchPool pool;
     check_balance(mmbal_load_balance_loss(in.dtype, in.logits.const_data_ptr(), index_data(indices), in.mask_data(),
                                           in.N, in.E, indices.size(1), balance, loss.mutable_data_ptr(),
@@ -73,7 +73,7 @@ Tensor load_balance_loss_backward(Tensor dloss, Tensor logits, Tensor indices, s
     const mmbal_balance balance = check_normalize(op, normalize);
     check_loss_gradient(op, dloss, in.dtype);
     Tensor dlogits = torch::stable::new_empty(in.logits, {in.N, in.E});
-    const Workspace workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
+    const Workspace workspace(mmbal_router_loss_workspace(in.N, in.E));
     TorchPool pool;
     check_balance(mmbal_load_balance_loss_backward(in.dtype, dloss.const_data_ptr(), in.logits.const_data_ptr(),
                                                    index_data(indices), in.mask_data(), in.N, in.E, indices.size(1),
@@ -86,7 +86,7 @@ Tensor router_z_loss(Tensor logits, std::optional<Tensor> token_mask) {
     const char *op = "router_z_loss";
     const LossInputs in = check_inputs(op, logits, token_mask);
     Tensor loss = torch::stable::new_empty(in.logits, {}, real_type(in.dtype));
-    const Workspace workspace(in.logits, mmbal_router_loss_workspace(in.N, in.E));
+    const Workspace workspace(mmbal_router_loss_workspace(in.N, in.E));
     TorchPool pool;
     check(mmbal_router_z_loss(in.dtype, in.logits.const_data_ptr(), in.mask_data(), in.N, in.E, loss.mutable_data_ptr(),
                               workspace.data(), pool.get()),

@@ -64,7 +64,12 @@ def info():
         else "converted to float32 while packing: no bfloat16 instructions in use, so no faster than float32",
         "float16": "converted to float32 while packing, no faster than float32",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}, torch's own pool",
-        "workspace": "up to 256 MiB of scratch memory are kept between calls",
+        "kept memory": "up to 4 GiB of scratch memory"
+        + (
+            " and freed gradients of weights are kept for the next call"
+            if torch.__version__ >= (2, 11)
+            else "; gradients of weights take fresh pages in every step, which torch 2.11 or later need not"
+        ),
         "CUDA library": _cuda_library(),
         "operators": "\n".join(_operators()),
     }

@@ -1,0 +1,85 @@
+// Memory that the operators keep for the next call.
+#include "helpers.h"
+#include "kept_memory.h"
+
+namespace {
+
+using mmbal::Block;
+using mmbal::KeptMemory;
+
+constexpr int64_t PAGE = KeptMemory::PAGE;
+
+TEST(KeptMemory, WhatIsTakenIsLargeEnoughAndBeginsOnALargePage) {
+    KeptMemory memory(100 * PAGE);
+    for (int64_t bytes : {int64_t{0}, int64_t{1}, PAGE - 1, PAGE, PAGE + 1, 17 * PAGE + 5}) {
+        const Block block = memory.take(bytes);
+        ASSERT_NE(block.data, nullptr);
+        EXPECT_GE(block.bytes, bytes);
+        EXPECT_LE(block.bytes, bytes + bytes / 8 + PAGE);
+        EXPECT_EQ(reinterpret_cast<uintptr_t>(block.data) % PAGE, 0u);
+        std::memset(block.data, 1, static_cast<size_t>(block.bytes)); // AddressSanitizer watches
+        memory.give(block);
+    }
+}
+
+TEST(KeptMemory, WhatIsGivenBackIsTakenAgain) {
+    KeptMemory memory(100 * PAGE);
+    const Block small = memory.take(2 * PAGE), large = memory.take(9 * PAGE);
+    memory.give(small);
+    memory.give_and_offer(large);
+    EXPECT_EQ(memory.take(9 * PAGE - 5).data, large.data);
+    EXPECT_EQ(memory.take(PAGE + 1).data, small.data);
+    memory.give(small), memory.give(large);
+}
+
+TEST(KeptMemory, BlocksInUseAreNeverTheSame) {
+    KeptMemory memory(100 * PAGE);
+    const Block first = memory.take(3 * PAGE);
+    memory.give(first);
+    const Block a = memory.take(3 * PAGE), b = memory.take(3 * PAGE);
+    EXPECT_EQ(a.data, first.data);
+    EXPECT_NE(a.data, b.data);
+    memory.give(a), memory.give(b);
+}
+
+TEST(KeptMemory, ABlockMoreThanTwiceAsLargeIsLeftForOthers) {
+    KeptMemory memory(100 * PAGE);
+    const Block large = memory.take(9 * PAGE);
+    memory.give(large);
+    const Block small = memory.take(4 * PAGE);
+    EXPECT_NE(small.data, large.data);
+    memory.give(small);
+}
+
+TEST(KeptMemory, OfferedMemoryIsReadableAndWritable) {
+    KeptMemory memory(100 * PAGE);
+    Block block = memory.take(4 * PAGE);
+    std::memset(block.data, 7, static_cast<size_t>(block.bytes));
+    memory.give_and_offer(block);
+    block = memory.take(4 * PAGE);
+    const auto *bytes = static_cast<const unsigned char *>(block.data);
+    for (int64_t i = 0; i < block.bytes; i += 4096) ASSERT_TRUE(bytes[i] == 7 || bytes[i] == 0) << i;
+    std::memset(block.data, 9, static_cast<size_t>(block.bytes));
+    EXPECT_EQ(bytes[block.bytes - 1], 9);
+    memory.give(block);
+}
+
+TEST(KeptMemory, BeyondTheLimitTheOldestGoBackToTheSystem) {
+    KeptMemory memory(8 * PAGE);
+    const Block oldest = memory.take(4 * PAGE), middle = memory.take(4 * PAGE), newest = memory.take(4 * PAGE);
+    memory.give(oldest), memory.give(middle), memory.give(newest);
+    // AddressSanitizer never gives freed memory out at once, so what is taken now was kept.
+    const Block a = memory.take(4 * PAGE), b = memory.take(4 * PAGE);
+    EXPECT_TRUE((a.data == middle.data && b.data == newest.data) || (a.data == newest.data && b.data == middle.data));
+    memory.give(a), memory.give(b);
+}
+
+TEST(KeptMemory, MemoryThatCannotBeHadIsNull) {
+#ifdef __SANITIZE_ADDRESS__
+    GTEST_SKIP() << "AddressSanitizer ends the program instead";
+#endif
+    KeptMemory memory(8 * PAGE);
+    EXPECT_EQ(memory.take(int64_t{1} << 60).data, nullptr);
+}
+
+} // namespace

@@ -39,7 +39,7 @@ static int64_t rows_for_balance(mmbal_expert_mlp_shape s, int64_t wave_rows, int
 /* Blocks of a task: a worker fetches the weights of its task's next block early, and the last tasks must not keep the
  * others waiting. */
 static int64_t blocks_per_task(int64_t blocks, int workers) {
-    const int64_t wanted = blocks / (8 * (int64_t)workers);
+    const int64_t wanted = blocks / (16 * (int64_t)workers);
     return wanted < 1 ? 1 : least(wanted, 4);
 }
 

@@ -100,6 +100,11 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
             const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
             const STORED *u = c->preactivation + r * c->F + at.col;
             const REAL weight = c->weights[pair];
+            if (r + FETCH_AHEAD < at.row + at.rows) {
+                fetch_span(u + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
+                fetch_span(c->dhidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
+                if (c->dw2) fetch_span(c->hidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
+            }
             NAME(widen)(c->kernels, at.cols, u, value);
             c->kernels->OF_REAL(activate)(c->activation, at.cols, value, value, slope);
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, h);

@@ -139,7 +139,7 @@ static block NAME(multiply_block)(const NAME(call) * c, const NAME(product) * p,
     if (index + 1 < end) {
         const block next = NAME(row_block)(c, p->cols, index + 1);
         const NAME(weights) w = NAME(weights_of)(c, p, next.expert);
-        after = NAME(fetch_step)(&w, next, 0, p->depth);
+        after = NAME(fetch_step)(c->kernels, &w, next, 0, p->depth);
     }
     NAME(multiply)(c->kernels, p->a, NAME(weights_of)(c, p, at.expert), at, p->depth, after, s);
     return at;

@@ -32,20 +32,23 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
                                    .weights = c->w1,
                                    .transposed = 1,
                                    .packed = c->packed_w1};
+    const int64_t stride = NAME(row_stride)(c->F);
     REAL bias[BLOCK_COLS] = {0};
-    STORED rounded[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         if (c->b1) NAME(widen)(c->kernels, at.cols, c->b1 + at.expert * c->F + at.col, bias);
         REAL *u = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, u += BLOCK_COLS) {
-            STORED *kept = c->kept_preactivation ? c->kept_preactivation + r * c->F + at.col : rounded;
+            STORED *kept = c->kept_preactivation ? c->kept_preactivation + r * c->F + at.col : NULL;
+            OPERAND *hidden = c->hidden + (r - c->first_row) * stride;
+            if (r + FETCH_AHEAD < at.row + at.rows) {
+                if (kept) fetch_span(kept + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
+                fetch_span(hidden + FETCH_AHEAD * stride + at.col, at.cols * (int64_t)sizeof(OPERAND));
+            }
             for (int64_t f = 0; f < at.cols; f++) u[f] += bias[f];
-            NAME(narrow)(c->kernels, at.cols, u, kept);
-            NAME(widen)(c->kernels, at.cols, kept, u);
+            NAME(round_row)(c->kernels, at.cols, u, kept);
             c->kernels->OF_REAL(activate)(c->activation, at.cols, u, u, NULL);
             NAME(mask)(&c->hidden_dropout, c->permutation[r] * c->F + at.col, at.cols, u);
-            OPERAND *hidden = c->hidden + (r - c->first_row) * NAME(row_stride)(c->F);
             NAME(to_operands)(c->kernels, at.cols, u, hidden + at.col);
             if (at.col + at.cols == c->F) NAME(end_row)(hidden, c->F);
         }

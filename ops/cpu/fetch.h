@@ -8,7 +8,7 @@
 #include "arena.h"
 #include "blocks.h"
 
-/* Rows that packing has on the way from memory. */
+/* Rows that packing and epilogues have on the way from memory. */
 enum { FETCH_AHEAD = 8 };
 
 typedef struct fetch {
@@ -25,6 +25,11 @@ static inline fetch make_fetch(const void *first, int64_t stride, int64_t rows, 
 
 /* Spreads all lines over so many steps. */
 static inline void set_pace(fetch *f, int64_t steps) { f->pace = steps ? ceil_div(f->rows * f->lines, steps) : 0; }
+
+/* Part of a row that is soon read or written, into the first-level cache. */
+static inline void fetch_span(const void *first, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch((const char *)first + i, 1, 3);
+}
 
 static inline const char *next_line(fetch *f) {
     const char *line = f->first + f->row * f->stride + f->line * CACHE_LINE;

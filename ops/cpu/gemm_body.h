@@ -3,7 +3,11 @@
 
 /* Rows between passes are OPERANDs. They begin on a cache line, end in zeros up to one, and are an odd number of lines
  * apart: so the rows of a tile never meet in one set of the cache, whatever the width is. */
-enum { NAME(LINE) = CACHE_LINE / sizeof(OPERAND), NAME(DEPTH) = DEPTH_BYTES / sizeof(OPERAND) };
+enum {
+    NAME(LINE) = CACHE_LINE / sizeof(OPERAND),
+    NAME(DEPTH) = DEPTH_BYTES / sizeof(OPERAND),
+    NAME(DEPTH_IN_PLACE) = NAME(DEPTH) / 4
+};
 
 static inline int64_t NAME(whole_lines)(int64_t width) { return ceil_div(width, NAME(LINE)) * NAME(LINE); }
 static inline int64_t NAME(row_stride)(int64_t width) { return (ceil_div(width, NAME(LINE)) | 1) * NAME(LINE); }
@@ -37,13 +41,14 @@ typedef struct {
 
 /* A right factor as tiles read it: panels of tile_cols columns. */
 typedef struct {
+    OF_OPERAND(mmbal_tile) * tile;
     const OPERAND *data;
     int64_t stride, panel; /* between its rows, between its panels */
 } NAME(panels);
 
 static NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPERAND *packed, int64_t depth) {
     const int64_t cols = kernels->OF_OPERAND(tile_cols);
-    const NAME(panels) made = {packed, cols * NAME(GROUP), cols * depth};
+    const NAME(panels) made = {kernels->OF_OPERAND(tile), packed, cols * NAME(GROUP), cols * depth};
     return made;
 }
 
@@ -60,9 +65,8 @@ static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, in
         set_pace(&below, ceil_div(cols, tile_cols));
         for (int64_t j = 0; j < cols; j += tile_cols) {
             fetch_lines_now(&below, below.pace);
-            kernels->OF_OPERAND(tile)((int)least(tile_rows, rows - i), depth, a + i * a_stride, a_stride,
-                                      b.data + j / tile_cols * b.panel, b.stride, c + i * BLOCK_COLS + j, BLOCK_COLS,
-                                      add, next);
+            b.tile((int)least(tile_rows, rows - i), depth, a + i * a_stride, a_stride, b.data + j / tile_cols * b.panel,
+                   b.stride, c + i * BLOCK_COLS + j, BLOCK_COLS, add, next);
         }
     }
 }
@@ -100,17 +104,21 @@ static int64_t NAME(tile_steps)(const mmbal_kernels *kernels, int64_t rows, int6
            (depth / NAME(GROUP));
 }
 
-static int NAME(reads_in_place)(const NAME(weights) * b, block place) {
-    return STORED_IS_REAL && !b->packed && !b->transposed && place.rows <= ROWS_IN_PLACE;
+/* A step of the depth is short then: what it reads stays in the second-level cache even where the rows of the weights
+ * are 16 KiB apart and so share few of its sets. */
+static int NAME(reads_in_place)(const mmbal_kernels *kernels, const NAME(weights) * b, block place, int64_t depth) {
+    return OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 && !b->packed &&
+           !b->transposed && place.rows <= NAME(ROWS_IN_PLACE);
 }
 
-static int64_t NAME(depth_step)(const NAME(weights) * b, block place) {
-    return NAME(reads_in_place)(b, place) ? DEPTH_IN_PLACE : NAME(DEPTH);
+static int64_t NAME(depth_step)(const mmbal_kernels *kernels, const NAME(weights) * b, block place, int64_t depth) {
+    return NAME(reads_in_place)(kernels, b, place, depth) ? NAME(DEPTH_IN_PLACE) : NAME(DEPTH);
 }
 
 /* What a block reads in the step of its depth that begins at `from`. */
-static fetch NAME(fetch_step)(const NAME(weights) * b, block place, int64_t from, int64_t depth) {
-    return NAME(fetch_weights)(b, place, from, least(NAME(depth_step)(b, place), depth - from));
+static fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(weights) * b, block place, int64_t from,
+                              int64_t depth) {
+    return NAME(fetch_weights)(b, place, from, least(NAME(depth_step)(kernels, b, place, depth), depth - from));
 }
 
 /* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. after: what this worker reads
@@ -119,19 +127,20 @@ static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weig
                            fetch after, NAME(scratch) * s) {
     const int tile_cols = kernels->OF_OPERAND(tile_cols);
     /* columns that are read in place: whole tiles, as one that is not would read beyond them */
-    const int64_t direct = NAME(reads_in_place)(&b, place) ? place.cols / tile_cols * tile_cols : 0;
-    const int64_t others = place.cols - direct, step = NAME(depth_step)(&b, place);
+    const int64_t direct = NAME(reads_in_place)(kernels, &b, place, depth) ? place.cols / tile_cols * tile_cols : 0;
+    const int64_t others = place.cols - direct, step = NAME(depth_step)(kernels, &b, place, depth);
     if (direct) {
-        fetch first = NAME(fetch_step)(&b, place, 0, depth);
+        fetch first = NAME(fetch_step)(kernels, &b, place, 0, depth);
         fetch_lines(&first, first.rows * first.lines);
     }
     for (int64_t from = 0; from < depth; from += step) {
         const int64_t deep = least(step, depth - from), next = from + deep, packed_depth = NAME(packed_depth)(deep);
         const OPERAND *rows = NAME(row_of)(&a, place.row) + from;
-        fetch ahead = next < depth ? NAME(fetch_step)(&b, place, next, depth) : after;
+        fetch ahead = next < depth ? NAME(fetch_step)(kernels, &b, place, next, depth) : after;
         set_pace(&ahead, NAME(tile_steps)(kernels, place.rows, place.cols, packed_depth));
-#if STORED_IS_REAL
-        const NAME(panels) in_place = {b.data + from * b.stride + place.col, b.stride, tile_cols};
+#if OPERAND_IS_STORED
+        const NAME(panels)
+            in_place = {kernels->OF_OPERAND(tile_in_place), b.data + from * b.stride + place.col, b.stride, tile_cols};
         NAME(multiply_panels)(kernels, place.rows, direct, deep, rows, a.stride, in_place, s->c, from > 0, &ahead);
 #endif
         if (others == 0) continue;

@@ -53,6 +53,10 @@ typedef struct mmbal_kernels {
     mmbal_tile_f32 *tile_f32;
     mmbal_tile_f64 *tile_f64;
     mmbal_tile_bf16 *tile_bf16; /* NULL where bfloat16 is multiplied as float32 */
+    /* The same for b as it lies in memory, row d at b + d b_stride also for bfloat16; NULL where b must be packed. */
+    mmbal_tile_f32 *tile_in_place_f32;
+    mmbal_tile_f64 *tile_in_place_f64;
+    mmbal_tile_bf16 *tile_in_place_bf16;
     mmbal_transpose *transpose_32, *transpose_64;
     mmbal_activate_f32 *activate_f32;
     mmbal_activate_f64 *activate_f64;

@@ -151,10 +151,13 @@ const mmbal_kernels KERNELS = {.tile_rows_f32 = TILE_ROWS,
                                .tile_cols_f64 = 2 * VECTOR_BYTES / (int)sizeof(double),
                                .tile_f32 = tile_f32,
                                .tile_f64 = tile_f64,
+                               .tile_in_place_f32 = tile_f32,
+                               .tile_in_place_f64 = tile_f64,
 #ifdef TILE_BF16
                                .tile_rows_bf16 = TILE_ROWS_BF16,
                                .tile_cols_bf16 = TILE_COLS_BF16,
                                .tile_bf16 = tile_bf16,
+                               .tile_in_place_bf16 = TILE_IN_PLACE_BF16,
 #endif
                                .transpose_32 = TRANSPOSE_32,
                                .transpose_64 = transpose_64,

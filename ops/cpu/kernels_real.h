@@ -51,7 +51,7 @@ static void NAME(tile)(int rows, int64_t depth, const REAL *a, int64_t a_stride,
 static inline REAL NAME(sigmoid)(REAL z) { return 1 / (1 + NAME(exp)(-z)); }
 
 /* A few vectors of a row at a time, in arrays that overlap nothing, so that every loop over them becomes vectors. */
-enum { NAME(CHUNK) = 8 * NAME(LANES) };
+enum { NAME(CHUNK) = 4 * NAME(LANES) };
 
 /* value = x sigmoid(z(x)); slope = s + x s (1 - s) z'(x). Three of the activations have this form. */
 #define SIGMOID_GATE(z_of_x, slope_of_z)                                                                               \

@@ -1,7 +1,8 @@
 /* How the factors of a product are packed where the depth goes by single elements; see gemm_body.h. */
 
-/* Elements of the depth that lie side by side in a panel. */
-enum { NAME(GROUP) = 1 };
+/* GROUP: elements of the depth that lie side by side in a panel. At most ROWS_IN_PLACE rows read weights that lie row
+ * by row where they lie: packing would take longer than it saves. */
+enum { NAME(GROUP) = 1, NAME(ROWS_IN_PLACE) = 128 };
 
 static inline int64_t NAME(packed_depth)(int64_t depth) { return depth; }
 

@@ -1,7 +1,8 @@
 /* How the factors of a product are packed where the depth goes by pairs of 16-bit elements: a pair lies in one word, so
  * that a panel is [pairs, panel_cols] words. An odd depth ends in a pair with a zero. See gemm_body.h. */
 
-enum { NAME(GROUP) = 2 };
+/* As in pack_elements.h; every tile that reads in place interleaves again, so that fewer rows are worth it. */
+enum { NAME(GROUP) = 2, NAME(ROWS_IN_PLACE) = 16 };
 
 static inline int64_t NAME(packed_depth)(int64_t depth) { return (depth + 1) / 2 * 2; }
 

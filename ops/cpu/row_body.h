@@ -8,6 +8,18 @@ static void NAME(narrow)(const mmbal_kernels *kernels, int64_t n, const REAL *fr
     NARROW(kernels, n, from, to);
 }
 
+/* u as it is stored, n <= BLOCK_COLS: rounded, and kept where that is not NULL */
+static void NAME(round_row)(const mmbal_kernels *kernels, int64_t n, REAL *u, STORED *kept) {
+#if STORED_IS_REAL
+    if (kept) NARROW(kernels, n, u, kept);
+#else
+    STORED rounded[BLOCK_COLS];
+    if (!kept) kept = rounded;
+    NARROW(kernels, n, u, kept);
+    WIDEN(kernels, n, kept, u);
+#endif
+}
+
 /* narrow around the caches, n <= BLOCK_COLS */
 static void NAME(narrow_past_caches)(const mmbal_kernels *kernels, int64_t n, const REAL *from, STORED *to) {
 #if STORED_IS_REAL

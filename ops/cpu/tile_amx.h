@@ -4,6 +4,8 @@
 
 #include "blocks.h"
 
+#define TILE_IN_PLACE_BF16 NULL /* a register wants pairs of rows side by side */
+
 enum { TILE_ROWS_BF16 = 32, TILE_COLS_BF16 = 32, AMX_ROWS = 16, AMX_DEPTH = 32 };
 
 /* The compiler's headers do not say which memory the instructions read, so what was written to it must be there. */

@@ -14,11 +14,12 @@ TEST(Blocks, RowBlocksCoverEveryRowAndColumnOnce) {
     Random random(1);
     for (int round = 0; round < 60; round++) {
         const int64_t E = 1 + random.below(6), cols = 1 + random.below(500);
-        const int64_t most = random.pick<int64_t>({64, 112, 224, 448});
+        const int64_t most = random.pick<int64_t>({64, 140, 280, BLOCK_ROWS});
         const int tile_rows = random.pick<int>({4, 6, 14, 32});
         std::vector<int64_t> offsets = {0};
         for (int64_t e = 0; e < E; e++)
-            offsets.push_back(offsets.back() + random.pick<int64_t>({0, 1, 13, 446, 448, 600, 890, 896}));
+            offsets.push_back(offsets.back() +
+                              random.pick<int64_t>({0, 1, 13, 448, 558, BLOCK_ROWS, 700, 1118, 2 * BLOCK_ROWS}));
         std::vector<int> seen(offsets.back() * cols);
         const int64_t count = count_row_blocks(offsets.data(), E, most, tile_rows, cols);
         for (int64_t index = 0; index < count; index++) {

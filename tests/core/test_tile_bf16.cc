@@ -121,6 +121,32 @@ TEST_P(TileBf16, DoesNotDependOnAddresses) {
     }
 }
 
+// Rows of b as they lie in a wider matrix, against the same rows interleaved.
+TEST(TileInPlaceBf16, GivesTheBitsOfThePackedPanelForEveryNumberOfRows) {
+    const mmbal_kernels *table = mmbal_kernels_of(MMBAL_ISA_AVX512_BF16);
+    if (!table || !(mmbal_cpu_features() & MMBAL_CPU_AVX512_BF16)) GTEST_SKIP() << "no AVX512-BF16";
+    const int cols = table->tile_cols_bf16, stride = cols + 7;
+    for (int rows = 1; rows <= table->tile_rows_bf16; rows++) {
+        for (int64_t depth : {0, 2, 6, 64, 130}) {
+            for (int add : {0, 1}) {
+                Random random(1000 * rows + depth);
+                const auto a = random.tensor<BF16>(rows * depth, 1);
+                const auto b = random.tensor<BF16>(depth > 0 ? (depth - 1) * stride + cols : 0, 1);
+                std::vector<uint16_t> panel(depth * cols);
+                for (int64_t d = 0; d < depth; d++)
+                    for (int j = 0; j < cols; j++) panel[d / 2 * 2 * cols + 2 * j + d % 2] = b[d * stride + j];
+                std::vector<float> packed(rows * stride, 0.25f), in_place = packed;
+                fetch nothing = {};
+                table->tile_bf16(rows, depth, a.data(), depth, panel.data(), 2 * cols, packed.data(), stride, add,
+                                 &nothing);
+                table->tile_in_place_bf16(rows, depth, a.data(), depth, b.data(), stride, in_place.data(), stride, add,
+                                          &nothing);
+                ASSERT_TRUE(same_bits(packed, in_place)) << rows << " rows, depth " << depth << ", add " << add;
+            }
+        }
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(Kernels, TileBf16, ::testing::ValuesIn(tiles()), [](const auto &of) { return of.param.name; });
 
 } // namespace

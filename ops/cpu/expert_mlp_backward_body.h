@@ -206,7 +206,7 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
             const int64_t rows = least(strip, at.rows - i);
             REAL *sums = s->c + (first_step && last_step ? 0 : i * BLOCK_COLS);
             NAME(multiply_panels)(c->kernels, rows, at.cols, packed_depth, left + i * stride + from - begin, stride,
-                                  right, sums, !first_step, &ahead);
+                                  at.rows - i, right, sums, !first_step, &ahead);
             if (last_step)
                 NAME(store_rows)(c->kernels, sums, rows, at.cols, w->dw + (first + i) * w->cols + at.col, w->cols,
                                  c->past_caches);

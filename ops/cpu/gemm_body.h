@@ -53,13 +53,14 @@ static NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPER
 }
 
 /* c[i, j] (+)= sum over the depth of a(i, d) b(d, j), rows x cols; a's rows outermost, so that a tile's rows stay in
- * the first-level cache while the panels of b pass by. The rows of the next tiles are fetched meanwhile, and what is
- * read next. */
+ * the first-level cache while the panels of b pass by. a_rows: rows of a that there are, rows or more. The rows of the
+ * next tiles are fetched meanwhile, and what is read next. */
 static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
-                                  const OPERAND *a, int64_t a_stride, NAME(panels) b, REAL *c, int add, fetch *next) {
+                                  const OPERAND *a, int64_t a_stride, int64_t a_rows, NAME(panels) b, REAL *c, int add,
+                                  fetch *next) {
     const int tile_rows = kernels->OF_OPERAND(tile_rows), tile_cols = kernels->OF_OPERAND(tile_cols);
     for (int64_t i = 0; i < rows; i += tile_rows) {
-        const int64_t rows_below = least(tile_rows, rows - i - tile_rows);
+        const int64_t rows_below = least(tile_rows, a_rows - i - tile_rows);
         fetch below = make_fetch(a + (i + tile_rows) * a_stride, a_stride * (int64_t)sizeof(OPERAND),
                                  rows_below > 0 ? rows_below : 0, depth * (int64_t)sizeof(OPERAND));
         set_pace(&below, ceil_div(cols, tile_cols));
@@ -139,9 +140,12 @@ static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weig
         fetch ahead = next < depth ? NAME(fetch_step)(kernels, &b, place, next, depth) : after;
         set_pace(&ahead, NAME(tile_steps)(kernels, place.rows, place.cols, packed_depth));
 #if OPERAND_IS_STORED
-        const NAME(panels)
-            in_place = {kernels->OF_OPERAND(tile_in_place), b.data + from * b.stride + place.col, b.stride, tile_cols};
-        NAME(multiply_panels)(kernels, place.rows, direct, deep, rows, a.stride, in_place, s->c, from > 0, &ahead);
+        if (direct) {
+            const NAME(panels) in_place = {kernels->OF_OPERAND(tile_in_place), b.data + from * b.stride + place.col,
+                                           b.stride, tile_cols};
+            NAME(multiply_panels)(kernels, place.rows, direct, deep, rows, a.stride, place.rows, in_place, s->c,
+                                  from > 0, &ahead);
+        }
 #endif
         if (others == 0) continue;
         const OPERAND *packed = s->b;
@@ -150,7 +154,7 @@ static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weig
                      NAME(panel_elements)(kernels, place.cols, from);
         else
             NAME(pack_weights)(kernels, &b, from, deep, place.col + direct, others, tile_cols, s->b);
-        NAME(multiply_panels)(kernels, place.rows, others, packed_depth, rows, a.stride,
+        NAME(multiply_panels)(kernels, place.rows, others, packed_depth, rows, a.stride, place.rows,
                               NAME(packed_panels)(kernels, packed, packed_depth), s->c + direct, from > 0, &ahead);
     }
 }

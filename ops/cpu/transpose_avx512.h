@@ -1,7 +1,7 @@
 /* transpose_32 by squares of sixteen: a line of memory is read whole and written whole. */
 #include <immintrin.h>
 
-static inline void transpose_sixteen(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride) {
+static inline void transpose_sixteen(const word_32 *from, int64_t from_stride, word_32 *to, int64_t to_stride) {
     __m512i row[16], pair[16], four[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) row[i] = _mm512_loadu_si512(from + i * from_stride);
@@ -37,8 +37,8 @@ static void transpose_by_sixteen(const void *from, int64_t from_stride, int64_t 
                                  int64_t to_stride) {
     enum { AHEAD = 4 * 16 }; /* four lines: as many rows are more streams than the processor follows by itself */
     const int64_t whole_rows = rows / 16 * 16, whole_cols = cols / 16 * 16;
-    const uint32_t *source = from;
-    uint32_t *target = to;
+    const word_32 *source = from;
+    word_32 *target = to;
     for (int64_t i = 0; i < whole_rows; i += 16) {
         for (int64_t j = 0; j < whole_cols; j += 16) {
             for (int k = 0; k < 16 && j + AHEAD < cols; k++)

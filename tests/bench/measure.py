@@ -66,7 +66,7 @@ def _peak_library() -> ctypes.CDLL:
     return library
 
 
-def peak_gflops(dtype: str, threads: int, seconds: float = 0.05) -> float:
+def peak_gflops(dtype: str, threads: int, seconds: float = 0.03) -> float:
     """GFLOP/s of `threads` register-only loops side by side, a product and a sum counted as two; 0 where there is no
     such instruction."""
     if dtype == "bfloat16" and _core.isa_in_use() == "amx":

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import sys
+import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -59,12 +60,17 @@ def measure(shape: Shape, seconds: float, check: bool) -> dict:
     problem = Problem(shape)
     if check:
         problem.check()
-    peaks = [peak_gflops(shape.dtype, shape.threads)]
-    times = interleaved(problem.contenders(), seconds)
-    peaks.append(peak_gflops(shape.dtype, shape.threads))
+    peaks = []
+
+    def peak() -> None:
+        time.sleep(0.01)  # until torch's threads no longer spin
+        peaks.append(peak_gflops(shape.dtype, shape.threads))
+
+    times = interleaved(problem.contenders() | {"peak": peak}, seconds)
+    del times["peak"]
     return {
         "shape": asdict(shape),
-        "peak_gflops": sum(peaks) / 2,
+        "peak_gflops": statistics.median(peaks),
         "gflop": shape.gflop(),
         "seconds": {name: found.median for name, found in times.items()},
         "spread": {name: found.spread for name, found in times.items()},

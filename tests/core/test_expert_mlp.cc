@@ -87,6 +87,7 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasAcrossBlockBorders) {
     expect_both<TypeParam>({.N = 573, .D = 5, .F = 9, .E = 1, .K = 1});
     expect_both<TypeParam>({.N = 2, .D = 3, .F = 1100, .E = 1, .K = 1});
     expect_both<TypeParam>({.N = 129, .D = 202, .F = 70, .E = 1, .K = 1}); // too many rows to read weights in place
+    expect_both<TypeParam>({.N = 530, .D = 40, .F = 600, .E = 1, .K = 1}); // steps and strips of weight gradients
 }
 
 TYPED_TEST(ExpertMlp, FollowsItsFormulasAcrossWavesOfExperts) {
@@ -96,6 +97,7 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasAcrossWavesOfExperts) {
 
 TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenWeightsAreLargeEnoughToBypassTheCaches) {
     expect_both<TypeParam>({.N = 3, .D = 513, .F = 517, .E = 16, .K = 1});
+    expect_both<TypeParam>({.N = 530, .D = 130, .F = 200, .E = 165, .K = 1, .only_expert = 3}); // two steps of the rows
 }
 
 TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
@@ -235,7 +237,7 @@ TYPED_TEST(ExpertMlp, SameBitsWithAnyPool) {
                           // Other waves of experts with every number of workers.
                           {.N = 1300, .D = 5, .F = 7, .E = 6, .K = 2},
                           // The highest blocks that there are, for one worker and not for five.
-                          {.N = 1790, .D = 200, .F = 200, .E = 1, .K = 1}};
+                          {.N = 2238, .D = 200, .F = 200, .E = 1, .K = 1}};
     for (const Spec &s : specs) {
         const Problem<TypeParam> p(s);
         const auto forward = run_forward(p);
@@ -354,23 +356,25 @@ TYPED_TEST(ExpertMlp, NanOfOneTokenStaysInItsOutputAndItsInputGradient) {
 
 TYPED_TEST(ExpertMlp, RowsOfATokenDoNotDependOnTheOtherTokens) {
     // The same token alone and among others: tiles differ, and whether weights are packed; the order of sums does not.
-    const Spec s = {.N = 200, .D = 65, .F = 40, .E = 1, .K = 1};
-    const Problem<TypeParam> many(s);
-    const auto all = run_forward(many);
-    const auto all_gradients = run_backward(many, all.preactivation);
-    for (int64_t n : {0, 5, 199}) {
-        Problem<TypeParam> one(s);
-        one.spec.N = 1, one.x = {many.x.begin() + n * s.D, many.x.begin() + (n + 1) * s.D};
-        one.weights = {many.weights[n]}, one.permutation = {0}, one.inverse = {0}, one.offsets = {0, 1};
-        const auto alone = run_forward(one);
-        ASSERT_EQ(alone.status, MMBAL_OK);
-        EXPECT_TRUE(same_bits(alone.y, {all.y.begin() + n * s.D, all.y.begin() + (n + 1) * s.D})) << n;
-        one.dy = {many.dy.begin() + n * s.D, many.dy.begin() + (n + 1) * s.D};
-        const auto gradients = run_backward(one, alone.preactivation);
-        ASSERT_EQ(gradients.status, MMBAL_OK);
-        EXPECT_TRUE(
-            same_bits(gradients.dx, {all_gradients.dx.begin() + n * s.D, all_gradients.dx.begin() + (n + 1) * s.D}))
-            << n;
+    for (const Spec &s :
+         {Spec{.N = 200, .D = 65, .F = 40, .E = 1, .K = 1}, Spec{.N = 200, .D = 200, .F = 300, .E = 1, .K = 1}}) {
+        const Problem<TypeParam> many(s);
+        const auto all = run_forward(many);
+        const auto all_gradients = run_backward(many, all.preactivation);
+        for (int64_t n : {0, 5, 199}) {
+            Problem<TypeParam> one(s);
+            one.spec.N = 1, one.x = {many.x.begin() + n * s.D, many.x.begin() + (n + 1) * s.D};
+            one.weights = {many.weights[n]}, one.permutation = {0}, one.inverse = {0}, one.offsets = {0, 1};
+            const auto alone = run_forward(one);
+            ASSERT_EQ(alone.status, MMBAL_OK);
+            EXPECT_TRUE(same_bits(alone.y, {all.y.begin() + n * s.D, all.y.begin() + (n + 1) * s.D})) << n;
+            one.dy = {many.dy.begin() + n * s.D, many.dy.begin() + (n + 1) * s.D};
+            const auto gradients = run_backward(one, alone.preactivation);
+            ASSERT_EQ(gradients.status, MMBAL_OK);
+            EXPECT_TRUE(
+                same_bits(gradients.dx, {all_gradients.dx.begin() + n * s.D, all_gradients.dx.begin() + (n + 1) * s.D}))
+                << n;
+        }
     }
 }
 

@@ -1,4 +1,7 @@
 // Memory that the operators keep for the next call.
+#include <atomic>
+#include <thread>
+
 #include "helpers.h"
 #include "kept_memory.h"
 
@@ -26,7 +29,7 @@ TEST(KeptMemory, WhatIsGivenBackIsTakenAgain) {
     KeptMemory memory(100 * PAGE);
     const Block small = memory.take(2 * PAGE), large = memory.take(9 * PAGE);
     memory.give(small);
-    memory.give_and_offer(large);
+    memory.give(large);
     EXPECT_EQ(memory.take(9 * PAGE - 5).data, large.data);
     EXPECT_EQ(memory.take(PAGE + 1).data, small.data);
     memory.give(small), memory.give(large);
@@ -51,11 +54,11 @@ TEST(KeptMemory, ABlockMoreThanTwiceAsLargeIsLeftForOthers) {
     memory.give(small);
 }
 
-TEST(KeptMemory, OfferedMemoryIsReadableAndWritable) {
+TEST(KeptMemory, WhatTheSystemMayHaveTakenIsReadableAndWritable) {
     KeptMemory memory(100 * PAGE);
     Block block = memory.take(4 * PAGE);
     std::memset(block.data, 7, static_cast<size_t>(block.bytes));
-    memory.give_and_offer(block);
+    memory.give(block);
     block = memory.take(4 * PAGE);
     const auto *bytes = static_cast<const unsigned char *>(block.data);
     for (int64_t i = 0; i < block.bytes; i += 4096) ASSERT_TRUE(bytes[i] == 7 || bytes[i] == 0) << i;
@@ -72,6 +75,35 @@ TEST(KeptMemory, BeyondTheLimitTheOldestGoBackToTheSystem) {
     const Block a = memory.take(4 * PAGE), b = memory.take(4 * PAGE);
     EXPECT_TRUE((a.data == middle.data && b.data == newest.data) || (a.data == newest.data && b.data == middle.data));
     memory.give(a), memory.give(b);
+}
+
+TEST(KeptMemory, ABlockAboveTheLimitIsFreedAndTheOthersStay) {
+    KeptMemory memory(8 * PAGE);
+    const Block small = memory.take(2 * PAGE), large = memory.take(9 * PAGE);
+    memory.give(small), memory.give(large);
+    const Block again = memory.take(2 * PAGE);
+    EXPECT_EQ(again.data, small.data);
+    memory.give(again);
+}
+
+TEST(KeptMemory, ThreadsNeverHoldTheSameBlock) {
+    KeptMemory memory(8 * PAGE);
+    std::vector<std::thread> threads;
+    std::atomic<int> clashes = 0;
+    for (int id = 1; id <= 4; id++) {
+        threads.emplace_back([&, id] {
+            for (int round = 0; round < 200; round++) {
+                const Block block = memory.take((1 + round % 3) * PAGE);
+                auto *value = static_cast<volatile int *>(block.data);
+                *value = id;
+                std::this_thread::yield();
+                if (*value != id) clashes++;
+                memory.give(block);
+            }
+        });
+    }
+    for (auto &thread : threads) thread.join();
+    EXPECT_EQ(clashes, 0);
 }
 
 TEST(KeptMemory, MemoryThatCannotBeHadIsNull) {

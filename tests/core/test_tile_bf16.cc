@@ -135,7 +135,9 @@ TEST(TileInPlaceBf16, GivesTheBitsOfThePackedPanelForEveryNumberOfRows) {
                 std::vector<uint16_t> panel(depth * cols);
                 for (int64_t d = 0; d < depth; d++)
                     for (int j = 0; j < cols; j++) panel[d / 2 * 2 * cols + 2 * j + d % 2] = b[d * stride + j];
-                std::vector<float> packed(rows * stride, 0.25f), in_place = packed;
+                std::vector<float> packed(rows * stride);
+                for (auto &value : packed) value = static_cast<float>(random.uniform(-1, 1));
+                auto in_place = packed;
                 fetch nothing = {};
                 table->tile_bf16(rows, depth, a.data(), depth, panel.data(), 2 * cols, packed.data(), stride, add,
                                  &nothing);

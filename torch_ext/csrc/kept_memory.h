@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <vector>
 
 namespace mmbal {
@@ -23,7 +24,7 @@ class KeptMemory {
 public:
     static constexpr int64_t PAGE = int64_t{2} << 20;
 
-    // limit: bytes that are kept at most; beyond it the oldest go back to the system.
+    // limit: bytes that are kept at most; beyond it the oldest are freed.
     explicit KeptMemory(int64_t limit) : limit_(limit) {}
     ~KeptMemory() { free_all(); }
     KeptMemory(const KeptMemory &) = delete;
@@ -57,27 +58,22 @@ public:
         return made;
     }
 
-    void give(Block block) {
-        std::vector<Block> oldest;
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            blocks_.push_back(block);
-            total_ += block.bytes;
-            while (total_ > limit_) {
-                oldest.push_back(blocks_.front());
-                total_ -= blocks_.front().bytes;
-                blocks_.erase(blocks_.begin());
-            }
-        }
-        for (const Block &each : oldest) std::free(each.data);
-    }
-
-    // For memory that may not be needed again for long: the system may take its pages while nobody has it.
-    void give_and_offer(Block block) {
+    // Until somebody takes the block the system may have its pages (MADV_FREE), should it run short.
+    void give(Block block) noexcept {
 #if defined __linux__ && defined MADV_FREE
         madvise(block.data, static_cast<size_t>(block.bytes), MADV_FREE);
 #endif
-        give(block);
+        const std::lock_guard<std::mutex> lock(mutex_);
+        try {
+            if (block.bytes <= limit_) blocks_.push_back(block), total_ += block.bytes, block.data = nullptr;
+        } catch (const std::bad_alloc &) { // freed below like one above the limit
+        }
+        std::free(block.data);
+        while (total_ > limit_) {
+            total_ -= blocks_.front().bytes;
+            std::free(blocks_.front().data);
+            blocks_.erase(blocks_.begin());
+        }
     }
 
 private:
@@ -91,7 +87,7 @@ private:
     // Whole large pages, in steps of an eighth, so that sizes that differ a little fit each other.
     static int64_t rounded(int64_t bytes) {
         int64_t step = PAGE;
-        while (step * 16 <= bytes) step *= 2;
+        while (step <= bytes / 16) step *= 2;
         return (bytes < 1 ? 1 : (bytes + step - 1) / step) * step;
     }
 

@@ -66,9 +66,9 @@ def info():
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}, torch's own pool",
         "kept memory": "up to 4 GiB of scratch memory"
         + (
-            " and freed gradients of weights are kept for the next call"
-            if torch.__version__ >= (2, 11)
-            else "; gradients of weights take fresh pages in every step, which torch 2.11 or later need not"
+            " and freed gradients are kept for the next call"
+            if torch.__version__ >= (2, 13)
+            else "; gradients take fresh pages in every step, which torch 2.13 or later need not"
         ),
         "CUDA library": _cuda_library(),
         "operators": "\n".join(_operators()),

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import platform
-import sys
 import statistics
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path

@@ -130,7 +130,7 @@ static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weig
     /* columns that are read in place: whole tiles, as one that is not would read beyond them */
     const int64_t direct = NAME(reads_in_place)(kernels, &b, place, depth) ? place.cols / tile_cols * tile_cols : 0;
     const int64_t others = place.cols - direct, step = NAME(depth_step)(kernels, &b, place, depth);
-    if (direct) {
+    if (direct) { /* at the first block of a task nothing is on the way yet */
         fetch first = NAME(fetch_step)(kernels, &b, place, 0, depth);
         fetch_lines(&first, first.rows * first.lines);
     }

@@ -64,6 +64,14 @@ def large_case():
 
 
 @needs_kept_gradients
+def test_the_storage_of_a_kept_gradient_refuses_to_be_resized():
+    case = large_case()
+    expert_mlp(*case.arguments()).backward(torch.randn(6, 128))
+    with pytest.raises(RuntimeError, match="not resizable"):
+        case.differentiable()["w1"].grad.untyped_storage().resize_(0)
+
+
+@needs_kept_gradients
 def test_memory_of_a_freed_gradient_is_that_of_a_later_one():
     case, grad_y = large_case(), torch.randn(6, 128)
     addresses = []

@@ -53,7 +53,11 @@ inline bool torch_holds_kept_memory() {
 inline Tensor empty_kept(const Tensor &like, const std::vector<int64_t> &sizes) {
     int64_t bytes = static_cast<int64_t>(like.element_size());
     for (const int64_t size : sizes) bytes *= size;
-    if (bytes < KeptMemory::PAGE || !torch_holds_kept_memory()) return torch::stable::new_empty(like, sizes);
+    if (bytes < KeptMemory::PAGE || !torch_holds_kept_memory()) {
+        Tensor made = torch::stable::new_empty(like, sizes);
+        ask_for_large_pages(made.mutable_data_ptr(), bytes);
+        return made;
+    }
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size() - 1; i > 0; i--) strides[i - 1] = strides[i] * sizes[i];
 

@@ -5,12 +5,12 @@ include(CMakePackageConfigHelpers)
 file(GLOB core_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/ops/cpu/*.c)
 list(FILTER core_sources EXCLUDE REGEX "/pool_openmp\\.c$")
 
-# The kernels of one instruction set live in kernels_ISA.c, compiled with its flags.
+# What is made for one instruction set lives in kernels_ISA.c and rows_ISA.c, compiled with its flags.
 set(isa_avx2 -mavx2 -mfma)
 set(isa_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 set(isa_avx512_bf16 ${isa_avx512} -mavx512bf16)
 set(isa_amx ${isa_avx512} -mamx-tile -mamx-bf16)
-set(isa_regex "/kernels_(avx2|avx512|avx512_bf16|amx)\\.c$")
+set(isa_regex "/(kernels|rows)_(avx2|avx512|avx512_bf16|amx)\\.c$")
 check_c_source_compiles("
 #ifndef __x86_64__
 #error not x86-64
@@ -39,11 +39,18 @@ foreach(isa IN ITEMS AVX512_BF16 AMX)
 endforeach()
 foreach(source IN LISTS core_sources)
   if(source MATCHES ${isa_regex})
-    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${isa_${CMAKE_MATCH_1}};-ffp-contract=fast")
+    set(isa_flags ${isa_${CMAKE_MATCH_2}})
   else()
-    # No fused multiply-add that the source does not spell out: results stay the same on every processor.
-    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
+    set(isa_flags "")
   endif()
+  # No fused multiply-add that the source does not spell out: a row has the same bits on every processor, in a vector or
+  # alone. Products of matrices live from the fused one.
+  if(source MATCHES ${isa_regex} AND CMAKE_MATCH_1 STREQUAL kernels)
+    list(APPEND isa_flags -ffp-contract=fast)
+  else()
+    list(APPEND isa_flags -ffp-contract=off)
+  endif()
+  set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${isa_flags}")
 endforeach()
 
 add_library(mmbal_core STATIC ${core_sources})

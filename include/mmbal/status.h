@@ -9,6 +9,7 @@ typedef enum mmbal_status {
     MMBAL_OK = 0,
     MMBAL_INVALID_ARGUMENT, /* a size or option outside the contract */
     MMBAL_INVALID_INDEX,    /* an entry of an index array outside its range */
+    MMBAL_DUPLICATE_INDEX,  /* an entry of an index array that may name each row once, twice */
     MMBAL_UNSUPPORTED,      /* a dtype or instruction set this build lacks */
 } mmbal_status;
 

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "elementary.h"
 #include "float16.h"
 #include "kernels.h"
 #include "stream.h"
@@ -20,34 +21,6 @@
 #define SQRT_2_OVER_PI 0.79788456080286535588
 #define SQRT_HALF 0.70710678118654752440
 #define ONE_OVER_SQRT_2_PI 0.39894228040143267794
-
-static inline float power_of_two(int32_t exponent) {
-    const int32_t bits = (exponent + 127) << 23;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* exp for float32: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; no branches, so that the loops around it become
- * vectors. Coefficients: the Taylor series to order 7, whose remainder there is 6e-9 relative. */
-static inline float exp_f32(float x) {
-    const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves no bits for a fraction */
-    const float above = x > -104.0f ? x : -104.0f, kept = above < 89.0f ? above : 89.0f;
-    const float n = kept * 1.44269504f + round_to_integer - round_to_integer;
-    const float r = (kept - n * 0.693359375f) + n * 2.12194440e-4f; /* ln 2 in two parts (Cody and Waite) */
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    /* 2^n in two factors: n may be below the least exponent of a normal number. */
-    const int32_t whole = (int32_t)n, half = whole / 2;
-    const float value = x > 88.8f ? INFINITY : p * power_of_two(half) * power_of_two(whole - half);
-    return x != x ? x : value;
-}
 
 /* The normal distribution function of x, whose density is exp(-x x / 2) times a constant. Phi(-t) / exp(-t t / 2) for
  * t >= 0 is a polynomial in w = 1 / (1 + 0.4 t), fitted by weighted least squares to its relative error, 1.1e-8 at most
@@ -69,7 +42,6 @@ static inline float gauss_f32(float x, float exp_of_half_square) {
     return x < 0 ? below : 1 - below;
 }
 
-static inline double exp_f64(double x) { return exp(x); }
 static inline double gauss_f64(double x, double exp_of_half_square) {
     (void)exp_of_half_square;
     return 0.5 * erfc(-x * SQRT_HALF);

@@ -54,8 +54,26 @@ TEST(KeptMemory, ABlockMoreThanTwiceAsLargeIsLeftForOthers) {
     memory.give(small);
 }
 
+TEST(KeptMemory, OffersTheOldestBlocksToTheSystemUntilFewBytesAreLeft) {
+    KeptMemory memory(100 * PAGE, 5 * PAGE);
+    std::vector<Block> blocks;
+    for (int i = 0; i < 4; i++) blocks.push_back(memory.take(2 * PAGE));
+    memory.give(blocks[0]), memory.give(blocks[1]);
+    EXPECT_EQ(memory.not_offered(), 4 * PAGE);
+    memory.give(blocks[2]);
+    EXPECT_EQ(memory.not_offered(), 4 * PAGE);
+    EXPECT_EQ(memory.kept(), 6 * PAGE);
+    memory.give(memory.take(2 * PAGE)); // the newest again
+    EXPECT_EQ(memory.not_offered(), 4 * PAGE);
+    memory.give(memory.take(20 * PAGE)); // too large to be at hand
+    EXPECT_LE(memory.not_offered(), 5 * PAGE);
+    memory.give(blocks[3]);
+    EXPECT_LE(memory.not_offered(), 5 * PAGE);
+    EXPECT_EQ(memory.kept(), 28 * PAGE);
+}
+
 TEST(KeptMemory, WhatTheSystemMayHaveTakenIsReadableAndWritable) {
-    KeptMemory memory(100 * PAGE);
+    KeptMemory memory(100 * PAGE, 0);
     Block block = memory.take(4 * PAGE);
     std::memset(block.data, 7, static_cast<size_t>(block.bytes));
     memory.give(block);

@@ -30,6 +30,7 @@ inline void ask_for_large_pages(void *data, int64_t bytes) {
 struct Block {
     void *data = nullptr;
     int64_t bytes = 0;
+    bool offered = false; // its pages, to the system
 };
 
 // Blocks are whole large pages.
@@ -37,8 +38,9 @@ class KeptMemory {
 public:
     static constexpr int64_t PAGE = int64_t{2} << 20;
 
-    // limit: bytes that are kept at most; beyond it the oldest are freed.
-    explicit KeptMemory(int64_t limit) : limit_(limit) {}
+    // limit: bytes that are kept at most; beyond it the oldest are freed. at_hand: as many bytes, of the newest, are
+    // not offered to the system.
+    explicit KeptMemory(int64_t limit, int64_t at_hand = int64_t{64} << 20) : limit_(limit), at_hand_(at_hand) {}
     ~KeptMemory() { free_all(); }
     KeptMemory(const KeptMemory &) = delete;
     KeptMemory &operator=(const KeptMemory &) = delete;
@@ -57,7 +59,8 @@ public:
                 const Block found = *best;
                 blocks_.erase(best);
                 total_ -= found.bytes;
-                return found;
+                if (!found.offered) not_offered_ -= found.bytes;
+                return {found.data, found.bytes};
             }
         }
         Block made = {std::aligned_alloc(static_cast<size_t>(PAGE), static_cast<size_t>(wanted)), wanted};
@@ -69,30 +72,52 @@ public:
         return made;
     }
 
-    // Until somebody takes the block the system may have its pages (MADV_FREE), should it run short.
+    // Until somebody takes a block that has lain for a while, the system may have its pages (MADV_FREE), should it run
+    // short. Small ones go to and fro in every step, and the call would cost them more than their work.
     void give(Block block) noexcept {
-#if defined __linux__ && defined MADV_FREE
-        madvise(block.data, static_cast<size_t>(block.bytes), MADV_FREE);
-#endif
         const std::lock_guard<std::mutex> lock(mutex_);
         try {
-            if (block.bytes <= limit_) blocks_.push_back(block), total_ += block.bytes, block.data = nullptr;
+            if (block.bytes <= limit_) {
+                blocks_.push_back({block.data, block.bytes});
+                total_ += block.bytes, not_offered_ += block.bytes, block.data = nullptr;
+            }
         } catch (const std::bad_alloc &) { // freed below like one above the limit
         }
         std::free(block.data);
+        for (Block &oldest : blocks_)
+            if (not_offered_ > at_hand_ && !oldest.offered) offer(&oldest);
         while (total_ > limit_) {
             total_ -= blocks_.front().bytes;
+            if (!blocks_.front().offered) not_offered_ -= blocks_.front().bytes;
             std::free(blocks_.front().data);
             blocks_.erase(blocks_.begin());
         }
     }
 
+    // Bytes kept, and those of them that the system may not have.
+    int64_t kept() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return total_;
+    }
+    int64_t not_offered() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return not_offered_;
+    }
+
 private:
+    void offer(Block *block) {
+#if defined __linux__ && defined MADV_FREE
+        madvise(block->data, static_cast<size_t>(block->bytes), MADV_FREE);
+#endif
+        block->offered = true;
+        not_offered_ -= block->bytes;
+    }
+
     void free_all() {
         const std::lock_guard<std::mutex> lock(mutex_);
         for (const Block &each : blocks_) std::free(each.data);
         blocks_.clear();
-        total_ = 0;
+        total_ = not_offered_ = 0;
     }
 
     // Whole large pages, in steps of an eighth, so that sizes that differ a little fit each other.
@@ -102,10 +127,10 @@ private:
         return (bytes < 1 ? 1 : (bytes + step - 1) / step) * step;
     }
 
-    const int64_t limit_;
-    std::mutex mutex_;
+    const int64_t limit_, at_hand_;
+    mutable std::mutex mutex_;
     std::vector<Block> blocks_; // the oldest first
-    int64_t total_ = 0;
+    int64_t total_ = 0, not_offered_ = 0;
 };
 
 } // namespace mmbal

@@ -3,9 +3,18 @@
 The operators are ``torch.ops.mmbal.*``; importing this package registers them.
 """
 
-from mmbal import expert_mlp, mcl, router_loss, routing  # noqa: F401  (the operators register themselves)
+from mmbal import (  # noqa: F401  (the operators register themselves)
+    btw,
+    divergence,
+    expert_mlp,
+    mcl,
+    mutual_info,
+    router_loss,
+    routing,
+)
 from mmbal._core import version as __version__
 from mmbal.checkpoint import load_clip_moe, save_clip_moe
+from mmbal.methods.btw import BTW
 from mmbal.moe import (
     Experts,
     MoEMLP,
@@ -19,6 +28,7 @@ from mmbal.packing import pack
 from mmbal.upcycling import upcycle
 
 __all__ = [
+    "BTW",
     "Experts",
     "MoEMLP",
     "RouterLosses",

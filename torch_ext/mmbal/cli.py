@@ -122,5 +122,28 @@ def demo(
         raise typer.Exit(130) from None
 
 
+study = typer.Typer(help="What a method gains on real data, against what it has to beat.", no_args_is_help=True)
+app.add_typer(study, name="study")
+
+
+@study.command()
+def btw(
+    out: Annotated[Path, typer.Option(help="Where results go; what is finished there is not done again.")] = Path(
+        "mmbal-study/btw"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs, not what it gains.")
+    ] = False,
+):
+    """Weights modalities by divergence and mutual information (BTW) on two tables and compares it with plain fusion."""
+    from mmbal.study.btw import run_study
+
+    try:
+        run_study(out, seeds=seeds, quick=quick)
+    except KeyboardInterrupt:  # run_study has said what is kept
+        raise typer.Exit(130) from None
+
+
 if __name__ == "__main__":
     app()

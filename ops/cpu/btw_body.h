@@ -1,0 +1,181 @@
+/* BTW's weights for one dtype; see each_dtype.h. */
+
+/* What a task needs of the options, as REAL. modality[m]: v (diverge) or ln v (agree). */
+typedef struct {
+    REAL floor, ceiling, inverse_temperature;
+    REAL modality[MMBAL_MAX_MODALITIES];
+} NAME(weight_terms);
+
+static NAME(weight_terms) NAME(terms_of)(const weight_rows *t) {
+    const mmbal_btw_options *o = t->options;
+    NAME(weight_terms) terms = {(REAL)o->floor, (REAL)o->ceiling, (REAL)(1 / o->temperature), {0}};
+    for (int64_t m = 0; m < t->M; m++) {
+        const double v = t->mi[m] > o->floor ? t->mi[m] : o->floor;
+        terms.modality[m] = (REAL)(o->mode == MMBAL_BTW_AGREE ? log(v) : v);
+    }
+    return terms;
+}
+
+/* A tile of rows as columns: kl, NaN where a modality does not count, becomes weights that sum to one; scale[r] is what
+ * mean_one multiplies a row by. */
+static inline void NAME(weigh)(const weight_rows *t, const NAME(weight_terms) * terms, int64_t rows, int64_t stride,
+                               REAL *restrict columns, REAL *restrict scale) {
+    const int64_t M = t->M;
+    const int agree = t->options->mode == MMBAL_BTW_AGREE, mean_one = t->options->mean_one;
+    const REAL floor = terms->floor, ceiling = terms->ceiling, inverse_temperature = terms->inverse_temperature;
+    REAL top[TILE], total[TILE];
+    for (int64_t r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = scale[r] = 0;
+    for (int64_t m = 0; m < M; m++) {
+        REAL *restrict column = columns + m * stride;
+        const REAL modality = terms->modality[m];
+        if (mean_one)
+            for (int64_t r = 0; r < rows; r++) scale[r] += column[r] == column[r];
+        if (agree) {
+            for (int64_t r = 0; r < rows; r++) {
+                const REAL below = column[r] < ceiling ? column[r] : ceiling;
+                const REAL level = modality - below * inverse_temperature;
+                column[r] = column[r] == column[r] ? level : -INFINITY;
+                top[r] = column[r] > top[r] ? column[r] : top[r];
+            }
+        } else {
+            for (int64_t r = 0; r < rows; r++) {
+                const REAL below = column[r] < ceiling ? column[r] : ceiling, D = below > floor ? below : floor;
+                column[r] = column[r] == column[r] ? D * modality : 0;
+                total[r] += column[r];
+            }
+        }
+    }
+    if (agree) {
+        for (int64_t r = 0; r < rows; r++) top[r] = top[r] == -INFINITY ? 0 : top[r]; /* nothing counts: exp(-inf) */
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t r = 0; r < rows; r++) {
+                columns[m * stride + r] = OF_REAL(exp)(columns[m * stride + r] - top[r]);
+                total[r] += columns[m * stride + r];
+            }
+    }
+    for (int64_t r = 0; r < rows; r++) total[r] = total[r] > 0 ? 1 / total[r] : 0;
+    for (int64_t r = 0; r < rows; r++) scale[r] = mean_one ? scale[r] : 1;
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t r = 0; r < rows; r++) columns[m * stride + r] *= total[r];
+}
+
+/* The divergences of a tile as columns, NaN where a modality is not present. */
+static inline void NAME(load_divergences)(const weight_rows *t, int64_t n, int64_t rows, int64_t stride,
+                                          REAL *restrict columns) {
+    const int64_t M = t->M;
+    NAME(columns_of)((const STORED *)t->kl + n * M, rows, M, columns, stride);
+    const uint8_t *present = t->present ? t->present + n * M : NULL;
+    for (int64_t m = 0; m < M && present; m++)
+        for (int64_t r = 0; r < rows; r++) columns[m * stride + r] = present[r * M + m] ? columns[m * stride + r] : NAN;
+}
+
+/* The usual case without a detour: diverge, all present, few modalities. A vector holds as many whole rows as fit; what
+ * is in the lanes behind them is written again by the next vector, so the last rows are left to the caller, who gets
+ * the same bits. Returns the rows done. */
+typedef REAL NAME(lanes) __attribute__((vector_size(VECTOR_BYTES)));
+typedef OF_REAL(lane_integer) NAME(lane_integers) __attribute__((vector_size(VECTOR_BYTES)));
+enum {
+    NAME(LANES) = VECTOR_BYTES / sizeof(REAL),
+    /* Lanes are chosen by one instruction: 16 or 8 floats, 8 doubles. */
+    NAME(CHOOSES_LANES) = VECTOR_BYTES == 64 || (VECTOR_BYTES == 32 && sizeof(REAL) == 4)
+};
+
+static inline NAME(lanes) NAME(where)(NAME(lane_integers) condition, NAME(lanes) value) {
+    return (NAME(lanes))(condition & (NAME(lane_integers))value);
+}
+
+static int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(weight_terms) * terms, int mean_one,
+                                   int64_t rows, int64_t M, REAL *restrict weights) {
+    const int64_t in_vector = NAME(LANES) / M, whole = rows * M - NAME(LANES);
+    NAME(lanes) modality, floor, ceiling;
+    NAME(lane_integers) of_row[NAME(LANES)]; /* of_row[m]: for each lane, that of modality m in its row */
+    for (int i = 0; i < NAME(LANES); i++) {
+        modality[i] = terms->modality[i % M], floor[i] = terms->floor, ceiling[i] = terms->ceiling;
+        for (int64_t m = 0; m < M; m++) of_row[m][i] = i / M < in_vector ? i / M * M + m : i;
+    }
+    const NAME(lanes) one = (NAME(lanes)){0} + 1;
+    int64_t i = 0;
+    for (; i <= whole; i += in_vector * M) {
+        NAME(lanes) value, total = {0}, counted = {0};
+        for (int lane = 0; lane < NAME(LANES); lane++) value[lane] = LOAD(kl[i + lane]);
+        const NAME(lane_integers) counts = value == value, below = value < ceiling;
+        NAME(lanes)
+        D = (NAME(lanes))((NAME(lane_integers))NAME(where)(below, value) |
+                          (NAME(lane_integers))NAME(where)(~below, ceiling));
+        const NAME(lane_integers) above = D > floor;
+        D = (NAME(lanes))((NAME(lane_integers))NAME(where)(above, D) | (NAME(lane_integers))NAME(where)(~above, floor));
+        const NAME(lanes) share = NAME(where)(counts, D * modality);
+        for (int64_t m = 0; m < M; m++) total += __builtin_shuffle(share, of_row[m]);
+        NAME(lanes) weight = share * NAME(where)(total > 0, one / total);
+        if (mean_one) {
+            const NAME(lanes) ones = NAME(where)(counts, one);
+            for (int64_t m = 0; m < M; m++) counted += __builtin_shuffle(ones, of_row[m]);
+            weight *= counted;
+        }
+        memcpy(weights + i, &weight, sizeof weight);
+    }
+    return i / M;
+}
+
+static mmbal_status NAME(weights_task)(void *context, int worker, int64_t begin, int64_t end) {
+    (void)worker;
+    const weight_rows *t = context;
+    const NAME(weight_terms) terms = NAME(terms_of)(t);
+    const int64_t M = t->M, most = TILE / M;
+    if (NAME(CHOOSES_LANES) && t->options->mode == MMBAL_BTW_DIVERGE && !t->present && M <= NAME(LANES))
+        begin += NAME(weigh_vectors)((const STORED *)t->kl + begin * M, &terms, t->options->mean_one, end - begin, M,
+                                     (REAL *)t->weights + begin * M);
+    REAL columns[TILE], scale[TILE];
+    for (int64_t n = begin; n < end; n += most) {
+        const int64_t rows = end - n < most ? end - n : most;
+        NAME(load_divergences)(t, n, rows, most, columns);
+        NAME(weigh)(t, &terms, rows, most, columns, scale);
+        for (int64_t m = 0; m < M && t->options->mean_one; m++)
+            for (int64_t r = 0; r < rows; r++) columns[m * most + r] *= scale[r];
+        NAME(real_rows_of)(columns, most, rows, M, (REAL *)t->weights + n * M);
+    }
+    return MMBAL_OK;
+}
+
+static mmbal_status NAME(weights_backward_task)(void *context, int worker, int64_t begin, int64_t end) {
+    (void)worker;
+    const weight_rows *t = context;
+    const NAME(weight_terms) terms = NAME(terms_of)(t);
+    const int64_t M = t->M, most = TILE / M;
+    const int agree = t->options->mode == MMBAL_BTW_AGREE;
+    REAL kl[TILE], weights[TILE], slopes[TILE], mean[TILE], scale[TILE];
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        double *dmi = t->dmi_parts ? t->dmi_parts + chunk * M : NULL;
+        for (int64_t m = 0; m < M && dmi; m++) dmi[m] = 0;
+        const int64_t first = chunk * ROWS_PER_CHUNK, left = t->N - first;
+        const int64_t last = first + (left < ROWS_PER_CHUNK ? left : ROWS_PER_CHUNK);
+        for (int64_t n = first; n < last; n += most) {
+            const int64_t rows = last - n < most ? last - n : most;
+            NAME(load_divergences)(t, n, rows, most, kl);
+            memcpy(weights, kl, sizeof weights);
+            NAME(weigh)(t, &terms, rows, most, weights, scale);
+            NAME(real_columns_of)((const REAL *)t->dweights + n * M, rows, M, slopes, most);
+            for (int64_t r = 0; r < rows; r++) mean[r] = 0;
+            for (int64_t m = 0; m < M; m++)
+                for (int64_t r = 0; r < rows; r++) {
+                    const int64_t i = m * most + r;
+                    mean[r] += weights[i] == 0 ? 0 : weights[i] * slopes[i];
+                }
+            for (int64_t m = 0; m < M; m++) {
+                for (int64_t r = 0; r < rows; r++) {
+                    const int64_t i = m * most + r;
+                    slopes[i] = weights[i] == 0 ? 0 : scale[r] * weights[i] * (slopes[i] - mean[r]);
+                }
+                for (int64_t r = 0; r < rows && dmi; r++) dmi[m] += (double)slopes[m * most + r];
+                for (int64_t r = 0; r < rows; r++) {
+                    const int64_t i = m * most + r;
+                    const REAL dkl = agree ? -slopes[i] * terms.inverse_temperature : slopes[i] / kl[i];
+                    const int moves = kl[i] < terms.ceiling && (agree || kl[i] > terms.floor) && weights[i] != 0;
+                    slopes[i] = moves ? dkl : 0;
+                }
+            }
+            if (t->dkl) NAME(rows_of)(slopes, most, rows, M, (STORED *)t->dkl + n * M);
+        }
+    }
+    return MMBAL_OK;
+}

@@ -1,0 +1,35 @@
+/* The tasks of rows.h for one instruction set, VECTOR_BYTES wide, published as ROW_TASKS.
+ *
+ * A tile of rows [r, M] is turned on the way in and out, so that each modality is a column of its own and every loop
+ * over r is one of vectors, however few modalities there are. */
+#include "elementary.h"
+#include "rows.h"
+
+typedef int32_t lane_integer_f32;
+typedef int64_t lane_integer_f64;
+
+#define BODY "columns_body.h"
+#include "each_dtype.h"
+#undef BODY
+#define BODY "divergence_normal_body.h"
+#include "each_dtype.h"
+#undef BODY
+#define BODY "divergence_categorical_body.h"
+#include "each_dtype.h"
+#undef BODY
+#define BODY "btw_body.h"
+#include "each_dtype.h"
+#undef BODY
+#define BODY "scale_body.h"
+#include "each_dtype.h"
+
+#define FOR_EACH_DTYPE(task)                                                                                           \
+    {[MMBAL_F32] = task##_f32, [MMBAL_BF16] = task##_bf16, [MMBAL_F64] = task##_f64, [MMBAL_F16] = task##_f16}
+const mmbal_row_tasks ROW_TASKS = {.normal_kl = FOR_EACH_DTYPE(normal_kl_task),
+                                   .normal_kl_backward = FOR_EACH_DTYPE(normal_kl_backward_task),
+                                   .categorical_kl = FOR_EACH_DTYPE(categorical_kl_task),
+                                   .categorical_kl_backward = FOR_EACH_DTYPE(categorical_kl_backward_task),
+                                   .weights = FOR_EACH_DTYPE(weights_task),
+                                   .weights_backward = FOR_EACH_DTYPE(weights_backward_task),
+                                   .scale = FOR_EACH_DTYPE(scale_task),
+                                   .scale_dweights = FOR_EACH_DTYPE(scale_dweights_task)};

@@ -1,0 +1,163 @@
+#include "mmbal/divergence.h"
+
+#include "modalities.h"
+
+namespace mmbal {
+namespace {
+
+// mu and what belongs to it, checked and contiguous; the Gaussian has standard deviations, the residual KL a target.
+struct NormalInputs {
+    const char *op;
+    Tensor mu, fused_mu;
+    std::optional<Tensor> log_sigma, fused_log_sigma, target;
+    mmbal_dtype dtype{};
+    int64_t N = 0, M = 0;
+
+    void prepare() {
+        check_shape(op, "mu", mu, "[N, M]", {-1, -1});
+        dtype = storage_dtype(op, "mu", mu);
+        N = mu.size(0), M = mu.size(1);
+        check_modalities(op, "mu", M);
+        if (log_sigma) check_like(op, "log_sigma", *log_sigma, "[N, M]", {N, M}, mu);
+        check_like(op, "fused_mu", fused_mu, "[N]", {N}, mu);
+        if (fused_log_sigma) check_like(op, "fused_log_sigma", *fused_log_sigma, "[N]", {N}, mu);
+        if (target) check_like(op, "target", *target, "[N]", {N}, mu);
+        mu = torch::stable::contiguous(mu), fused_mu = torch::stable::contiguous(fused_mu);
+        log_sigma = contiguous(log_sigma), fused_log_sigma = contiguous(fused_log_sigma), target = contiguous(target);
+    }
+    Tensor check_dkl(const Tensor &dkl) const {
+        check_shape(op, "dkl", dkl, "[N, M]", {N, M});
+        check_dtype(op, "dkl", dkl, real_type(dtype));
+        return torch::stable::contiguous(dkl);
+    }
+};
+
+void check_sigma_min(const char *op, double sigma_min) {
+    STD_TORCH_CHECK(sigma_min > 0, op, ": sigma_min must be greater than 0, got ", sigma_min);
+}
+
+Tensor gaussian_kl(Tensor mu, Tensor log_sigma, Tensor fused_mu, Tensor fused_log_sigma) {
+    NormalInputs in{"gaussian_kl", mu, fused_mu, log_sigma, fused_log_sigma, std::nullopt};
+    in.prepare();
+    Tensor kl = empty_real(in.mu, in.dtype, {in.N, in.M});
+    TorchPool pool;
+    check(mmbal_gaussian_kl(in.dtype, in.mu.const_data_ptr(), data_or_null(in.log_sigma), in.fused_mu.const_data_ptr(),
+                            data_or_null(in.fused_log_sigma), in.N, in.M, kl.mutable_data_ptr(), pool.get()),
+          in.op);
+    return kl;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_backward(Tensor dkl, Tensor mu, Tensor log_sigma,
+                                                                Tensor fused_mu, Tensor fused_log_sigma,
+                                                                std::vector<bool> needed) {
+    NormalInputs in{"gaussian_kl_backward", mu, fused_mu, log_sigma, fused_log_sigma, std::nullopt};
+    in.prepare();
+    dkl = in.check_dkl(dkl);
+    check_needed(in.op, needed, 4);
+    const Gradient dmu(needed[0], in.mu, {in.N, in.M}), dlog_sigma(needed[1], in.mu, {in.N, in.M});
+    const Gradient dfused_mu(needed[2], in.mu, {in.N}), dfused_log_sigma(needed[3], in.mu, {in.N});
+    TorchPool pool;
+    check(mmbal_gaussian_kl_backward(in.dtype, dkl.const_data_ptr(), in.mu.const_data_ptr(), data_or_null(in.log_sigma),
+                                     in.fused_mu.const_data_ptr(), data_or_null(in.fused_log_sigma), in.N, in.M,
+                                     dmu.data, dlog_sigma.data, dfused_mu.data, dfused_log_sigma.data, pool.get()),
+          in.op);
+    return {dmu.tensor, dlog_sigma.tensor, dfused_mu.tensor, dfused_log_sigma.tensor};
+}
+
+Tensor residual_kl(Tensor mu, Tensor fused_mu, Tensor target, double sigma_min) {
+    NormalInputs in{"residual_kl", mu, fused_mu, std::nullopt, std::nullopt, target};
+    in.prepare();
+    check_sigma_min(in.op, sigma_min);
+    Tensor kl = empty_real(in.mu, in.dtype, {in.N, in.M});
+    TorchPool pool;
+    check(mmbal_residual_kl(in.dtype, in.mu.const_data_ptr(), in.fused_mu.const_data_ptr(), data_or_null(in.target),
+                            in.N, in.M, sigma_min, kl.mutable_data_ptr(), pool.get()),
+          in.op);
+    return kl;
+}
+
+std::tuple<Tensor, Tensor> residual_kl_backward(Tensor dkl, Tensor mu, Tensor fused_mu, Tensor target, double sigma_min,
+                                                std::vector<bool> needed) {
+    NormalInputs in{"residual_kl_backward", mu, fused_mu, std::nullopt, std::nullopt, target};
+    in.prepare();
+    check_sigma_min(in.op, sigma_min);
+    dkl = in.check_dkl(dkl);
+    check_needed(in.op, needed, 2);
+    const Gradient dmu(needed[0], in.mu, {in.N, in.M}), dfused_mu(needed[1], in.mu, {in.N});
+    TorchPool pool;
+    check(mmbal_residual_kl_backward(in.dtype, dkl.const_data_ptr(), in.mu.const_data_ptr(),
+                                     in.fused_mu.const_data_ptr(), data_or_null(in.target), in.N, in.M, sigma_min,
+                                     dmu.data, dfused_mu.data, pool.get()),
+          in.op);
+    return {dmu.tensor, dfused_mu.tensor};
+}
+
+struct CategoricalInputs {
+    const char *op;
+    Tensor logits, fused_logits;
+    mmbal_dtype dtype{};
+    int64_t M = 0, N = 0, C = 0;
+
+    void prepare() {
+        check_shape(op, "logits", logits, "[M, N, C]", {-1, -1, -1});
+        dtype = storage_dtype(op, "logits", logits);
+        M = logits.size(0), N = logits.size(1), C = logits.size(2);
+        check_modalities(op, "logits", M);
+        STD_TORCH_CHECK(C >= 1, op, ": logits must have at least one class, got ", shape_text(logits.sizes()));
+        check_like(op, "fused_logits", fused_logits, "[N, C]", {N, C}, logits);
+        logits = torch::stable::contiguous(logits), fused_logits = torch::stable::contiguous(fused_logits);
+    }
+};
+
+Tensor categorical_kl(Tensor logits, Tensor fused_logits, bool reverse) {
+    CategoricalInputs in{"categorical_kl", logits, fused_logits};
+    in.prepare();
+    Tensor kl = empty_real(in.logits, in.dtype, {in.N, in.M});
+    TorchPool pool;
+    const Workspace workspace(mmbal_categorical_kl_workspace(in.dtype, in.C, pool.get()));
+    check(mmbal_categorical_kl(in.dtype, in.logits.const_data_ptr(), in.fused_logits.const_data_ptr(), in.M, in.N, in.C,
+                               reverse, kl.mutable_data_ptr(), workspace.data(), pool.get()),
+          in.op);
+    return kl;
+}
+
+std::tuple<Tensor, Tensor> categorical_kl_backward(Tensor dkl, Tensor logits, Tensor fused_logits, bool reverse,
+                                                   std::vector<bool> needed) {
+    CategoricalInputs in{"categorical_kl_backward", logits, fused_logits};
+    in.prepare();
+    check_shape(in.op, "dkl", dkl, "[N, M]", {in.N, in.M});
+    check_dtype(in.op, "dkl", dkl, real_type(in.dtype));
+    dkl = torch::stable::contiguous(dkl);
+    check_needed(in.op, needed, 2);
+    const Gradient dlogits(needed[0], in.logits, {in.M, in.N, in.C}), dfused(needed[1], in.logits, {in.N, in.C});
+    TorchPool pool;
+    const Workspace workspace(mmbal_categorical_kl_workspace(in.dtype, in.C, pool.get()));
+    check(mmbal_categorical_kl_backward(in.dtype, dkl.const_data_ptr(), in.logits.const_data_ptr(),
+                                        in.fused_logits.const_data_ptr(), in.M, in.N, in.C, reverse, dlogits.data,
+                                        dfused.data, workspace.data(), pool.get()),
+          in.op);
+    return {dlogits.tensor, dfused.tensor};
+}
+
+} // namespace
+} // namespace mmbal
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
+    m.def("gaussian_kl(Tensor mu, Tensor log_sigma, Tensor fused_mu, Tensor fused_log_sigma) -> Tensor");
+    m.def("gaussian_kl_backward(Tensor dkl, Tensor mu, Tensor log_sigma, Tensor fused_mu, Tensor fused_log_sigma, "
+          "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("residual_kl(Tensor mu, Tensor fused_mu, Tensor target, float sigma_min) -> Tensor");
+    m.def("residual_kl_backward(Tensor dkl, Tensor mu, Tensor fused_mu, Tensor target, float sigma_min, "
+          "bool[] needed) -> (Tensor, Tensor)");
+    m.def("categorical_kl(Tensor logits, Tensor fused_logits, bool reverse=False) -> Tensor");
+    m.def("categorical_kl_backward(Tensor dkl, Tensor logits, Tensor fused_logits, bool reverse, bool[] needed) "
+          "-> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+    m.impl("gaussian_kl", TORCH_BOX(&mmbal::gaussian_kl));
+    m.impl("gaussian_kl_backward", TORCH_BOX(&mmbal::gaussian_kl_backward));
+    m.impl("residual_kl", TORCH_BOX(&mmbal::residual_kl));
+    m.impl("residual_kl_backward", TORCH_BOX(&mmbal::residual_kl_backward));
+    m.impl("categorical_kl", TORCH_BOX(&mmbal::categorical_kl));
+    m.impl("categorical_kl_backward", TORCH_BOX(&mmbal::categorical_kl_backward));
+}

@@ -1,0 +1,76 @@
+#include "mmbal/mutual_info.h"
+
+#include "modalities.h"
+
+namespace mmbal {
+namespace {
+
+Tensor ksg_mutual_info(Tensor x, Tensor y, std::optional<Tensor> present, int64_t neighbors, bool standardize,
+                       double jitter, int64_t seed) {
+    const char *op = "ksg_mutual_info";
+    check_shape(op, "x", x, "[N, M]", {-1, -1});
+    const mmbal_dtype dtype = storage_dtype(op, "x", x);
+    const int64_t N = x.size(0), M = x.size(1);
+    STD_TORCH_CHECK(M >= 1, op, ": x must have at least one modality, got ", shape_text(x.sizes()));
+    check_like(op, "y", y, "[N]", {N}, x);
+    present = check_present(op, present, N, M);
+    STD_TORCH_CHECK(neighbors >= 1 && neighbors <= MMBAL_MAX_NEIGHBORS, op, ": neighbors must be from 1 to ",
+                    static_cast<int64_t>(MMBAL_MAX_NEIGHBORS), ", got ", neighbors);
+    STD_TORCH_CHECK(N > neighbors, op, ": x must have more samples than neighbors = ", neighbors, ", got ", N);
+    STD_TORCH_CHECK(N <= INT32_MAX, op, ": x must have fewer than 2^31 samples, got ", N);
+    STD_TORCH_CHECK(jitter >= 0, op, ": jitter must not be negative, got ", jitter);
+    x = torch::stable::contiguous(x), y = torch::stable::contiguous(y);
+    Tensor mi = torch::stable::new_empty(x, {M}, ScalarType::Double);
+    TorchPool pool;
+    const Workspace workspace(mmbal_ksg_mutual_info_workspace(N, M, pool.get()));
+    check(mmbal_ksg_mutual_info(dtype, x.const_data_ptr(), y.const_data_ptr(), mask_data(present), N, M, neighbors,
+                                standardize, jitter, static_cast<uint64_t>(seed),
+                                static_cast<double *>(mi.mutable_data_ptr()), workspace.data(), pool.get()),
+          op);
+    return mi;
+}
+
+Tensor discrete_mutual_info(Tensor a, Tensor b, std::optional<Tensor> present, int64_t num_classes) {
+    const char *op = "discrete_mutual_info";
+    check_shape(op, "a", a, "[M, N]", {-1, -1});
+    check_dtype(op, "a", a, ScalarType::Long);
+    const int64_t M = a.size(0), N = a.size(1);
+    STD_TORCH_CHECK(M >= 1, op, ": a must have at least one modality, got ", shape_text(a.sizes()));
+    check_like(op, "b", b, "[N]", {N}, a);
+    present = check_present(op, present, N, M);
+    // The largest num_classes: a table of that many squared entries is 8 GiB.
+    constexpr int64_t most_classes = 32768;
+    STD_TORCH_CHECK(num_classes == -1 || (num_classes >= 1 && num_classes <= most_classes), op,
+                    ": num_classes must be from 1 to ", most_classes, ", or -1 to find it, got ", num_classes);
+    a = torch::stable::contiguous(a), b = torch::stable::contiguous(b);
+    if (num_classes == -1) {
+        const mmbal_status counted =
+            mmbal_count_classes(index_data(a), index_data(b), mask_data(present), M, N, &num_classes);
+        STD_TORCH_CHECK(counted == MMBAL_OK, op, ": a and b must be classes from 0 on, got a negative one");
+        STD_TORCH_CHECK(num_classes <= most_classes, op, ": a and b must be classes below ", most_classes, ", got ",
+                        num_classes - 1);
+    }
+    Tensor mi = torch::stable::new_empty(a, {M}, ScalarType::Double);
+    TorchPool pool;
+    const Workspace workspace(mmbal_discrete_mutual_info_workspace(M, num_classes));
+    const mmbal_status status =
+        mmbal_discrete_mutual_info(index_data(a), index_data(b), mask_data(present), M, N, num_classes,
+                                   static_cast<double *>(mi.mutable_data_ptr()), workspace.data(), pool.get());
+    STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op,
+                    ": a and b must be classes from 0 to num_classes - 1 = ", num_classes - 1);
+    check(status, op);
+    return mi;
+}
+
+} // namespace
+} // namespace mmbal
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
+    m.def("ksg_mutual_info(Tensor x, Tensor y, Tensor? present=None, int neighbors=3, bool standardize=True, "
+          "float jitter=0, int seed=0) -> Tensor");
+    m.def("discrete_mutual_info(Tensor a, Tensor b, Tensor? present=None, int num_classes=-1) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+    m.impl("ksg_mutual_info", TORCH_BOX(&mmbal::ksg_mutual_info));
+    m.impl("discrete_mutual_info", TORCH_BOX(&mmbal::discrete_mutual_info));
+}

@@ -1,0 +1,1 @@
+"""Methods that balance modalities while a multimodal model trains, as lines in the user's own loop."""

@@ -1,0 +1,66 @@
+"""What the methods share: tensors by the names of modalities, and rows that several processes hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def in_order(what: str, name: str, given: Mapping[str, Tensor] | Sequence[Tensor], modalities: list[str]) -> list:
+    """The tensors of all modalities in order: by name from a mapping, as they come from a sequence."""
+    if isinstance(given, Mapping):
+        if set(given) != set(modalities):
+            raise ValueError(f"{what}: {name} must have the keys {modalities}, got {list(given)}")
+        return [given[modality] for modality in modalities]
+    if isinstance(given, Tensor) or len(given) != len(modalities):
+        got = "one tensor" if isinstance(given, Tensor) else f"{len(given)}"
+        raise ValueError(f"{what}: {name} must be a mapping or one tensor for each of {modalities}, got {got}")
+    return list(given)
+
+
+def same_container(like, modalities: list[str], tensors: list[Tensor]) -> dict[str, Tensor] | list[Tensor]:
+    return dict(zip(modalities, tensors, strict=True)) if isinstance(like, Mapping) else list(tensors)
+
+
+def ranks(group) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_rows(tensor: Tensor, counts: list[int], group) -> Tensor:
+    """The rows of all ranks, in the order of ranks; shorter ones are padded on the way."""
+    sent = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    sent[: tensor.shape[0]] = tensor
+    sent = sent.to(torch.uint8) if tensor.dtype == torch.bool else sent
+    received = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(received, sent, group=group)
+    return torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)]).to(tensor.dtype)
+
+
+def gather_rows(group, index: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
+    """index [N] and tensors [N, ...] (or None, on all ranks alike) with the rows of all ranks, in ascending order of
+    index, each once; as they are where there is one process."""
+    if ranks(group) == 1:
+        return [index, *tensors]
+    mine = torch.tensor([next(t.shape[0] for t in tensors if t is not None)])
+    counts = [torch.empty_like(mine) for _ in range(ranks(group))]
+    dist.all_gather(counts, mine, group=group)
+    counts = [int(count) for count in counts]
+    index, *tensors = [None if t is None else _all_rows(t, counts, group) for t in (index, *tensors)]
+    if index is None:
+        return [index, *tensors]
+    ordered, order = index.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    rows = order[first]
+    return [index[rows], *(None if t is None else t[rows] for t in tensors)]
+
+
+def mean_over_ranks(group, value: float) -> float:
+    if ranks(group) == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return float(total) / ranks(group)

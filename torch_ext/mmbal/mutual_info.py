@@ -1,0 +1,30 @@
+"""Fake kernels of the estimators of mutual information; the formulas are in include/mmbal/mutual_info.h. They count, so
+their gradient is 0 wherever it exists: their results require none, as those of argmax do not."""
+
+import torch
+from torch.library import register_autograd, register_fake
+
+from mmbal._library import check_devices
+
+
+@register_fake("mmbal::ksg_mutual_info")
+def _(x_NM, y_N, present_NM=None, neighbors=3, standardize=True, jitter=0.0, seed=0):
+    check_devices("ksg_mutual_info", x=x_NM, y=y_N, present=present_NM)
+    return x_NM.new_empty(x_NM.shape[1], dtype=torch.float64)
+
+
+@register_fake("mmbal::discrete_mutual_info")
+def _(a_MN, b_N, present_NM=None, num_classes=-1):
+    check_devices("discrete_mutual_info", a=a_MN, b=b_N, present=present_NM)
+    return a_MN.new_empty(a_MN.shape[0], dtype=torch.float64)
+
+
+def _save(ctx, inputs, output):
+    ctx.mark_non_differentiable(output)
+
+
+def _backward(ctx, dmi):
+    return (None,) * len(ctx.needs_input_grad)
+
+
+register_autograd("mmbal::ksg_mutual_info", _backward, setup_context=_save)

@@ -7,7 +7,7 @@ list(FILTER core_sources EXCLUDE REGEX "/pool_openmp\\.c$")
 
 # What is made for one instruction set lives in kernels_ISA.c and rows_ISA.c, compiled with its flags.
 set(isa_avx2 -mavx2 -mfma)
-set(isa_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+set(isa_avx512 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 set(isa_avx512_bf16 ${isa_avx512} -mavx512bf16)
 set(isa_amx ${isa_avx512} -mamx-tile -mamx-bf16)
 set(isa_regex "/(kernels|rows)_(avx2|avx512|avx512_bf16|amx)\\.c$")

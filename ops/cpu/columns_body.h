@@ -8,6 +8,10 @@
     case 2: TURN(2); break;                                                                                            \
     case 3: TURN(3); break;                                                                                            \
     case 4: TURN(4); break;                                                                                            \
+    case 5: TURN(5); break;                                                                                            \
+    case 6: TURN(6); break;                                                                                            \
+    case 7: TURN(7); break;                                                                                            \
+    case 8: TURN(8); break;                                                                                            \
     default: TURN(M);                                                                                                  \
     }
 #define INTO_COLUMNS(M)                                                                                                \

@@ -6,19 +6,12 @@ from functools import partial
 
 import torch
 from contenders import ACTIVATION, Problem, Shape, expert_loop, ours, transformers_experts
-from measure import interleaved
+from measure import interleaved, titled_table
 from rich.table import Table
 from torch import Tensor
 
 import mmbal
 from mmbal.moe import MoEMLP
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    return table
 
 
 def _saved_bytes(run, problem: Problem) -> int:
@@ -39,7 +32,9 @@ def _saved_bytes(run, problem: Problem) -> int:
 
 
 def kept_bytes() -> Table:
-    table = _table("Memory kept for the backward, MiB (at least 45 % less)", "shape", "mmbal", "grouped_mm", "less")
+    table = titled_table(
+        "Memory kept for the backward, MiB (at least 45 % less)", "shape", "mmbal", "grouped_mm", "less"
+    )
     for dtype in ("float32", "bfloat16"):
         shape = Shape(768, 3072, 1024, dtype=dtype)
         problem = Problem(shape)
@@ -52,7 +47,7 @@ def kept_bytes() -> Table:
 
 def router_stage(seconds: float) -> Table:
     """Backward with frozen experts over the full backward."""
-    table = _table("Backward of the router stage over the full backward (at most 0.6)", "shape", "ratio")
+    table = titled_table("Backward of the router stage over the full backward (at most 0.6)", "shape", "ratio")
     for shape in (Shape(768, 3072, 256), Shape(768, 3072, 1024), Shape(768, 3072, 1024, dtype="bfloat16")):
         torch.set_num_threads(shape.threads)
         backwards = {}
@@ -70,7 +65,7 @@ def router_stage(seconds: float) -> Table:
 def routing_cost(seconds: float) -> Table:
     """Top-k, dispatch and balance loss, forward and backward, over the step of a whole layer. What gathering and
     combining cost is in the table of `make bench-phases`."""
-    table = _table("Routing over the step of a layer (with gather and combine under 2 %)", "part", "ms", "share")
+    table = titled_table("Routing over the step of a layer (with gather and combine under 2 %)", "part", "ms", "share")
     shape = Shape(768, 3072, 4096)
     torch.set_num_threads(shape.threads)
     torch.manual_seed(0)
@@ -104,7 +99,7 @@ def routing_cost(seconds: float) -> Table:
 
 def inference(seconds: float) -> Table:
     """A forward without gradients: packed weights against the same layer without them, and the fastest peer."""
-    table = _table("Inference, times faster than", "shape", "without mmbal.pack", "grouped_mm", "loop")
+    table = titled_table("Inference, times faster than", "shape", "without mmbal.pack", "grouped_mm", "loop")
     for shape in (Shape(768, 3072, 16), Shape(768, 3072, 64), Shape(768, 3072, 1024)):
         torch.set_num_threads(shape.threads)
         problem = Problem(shape)

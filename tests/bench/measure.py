@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
+import platform
 import statistics
 import subprocess
 import tempfile
@@ -13,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import torch
+from rich.table import Table
 
 from mmbal import _core
 
@@ -50,6 +55,20 @@ def interleaved(contenders: dict[str, Callable[[], None]], seconds: float, least
             found[name].append(time.perf_counter() - start)
         rounds += 1
     return {name: Times(tuple(values)) for name, values in found.items()}
+
+
+def titled_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    return table
+
+
+def machine() -> str:
+    return (
+        f"kernels {_core.isa_in_use()} ({', '.join(_core.cpu_features())}), {os.cpu_count()} cores, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
 
 
 @cache

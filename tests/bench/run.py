@@ -6,8 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 from contenders import Problem, Shape
 from costs import inference, kept_bytes, router_stage, routing_cost
-from measure import interleaved, peak_gflops
+from measure import interleaved, machine, peak_gflops
 from rich.console import Console
 from rich.table import Table
 
@@ -136,13 +134,6 @@ def summary(results: list[dict]) -> Table:
 
 def bfloat16_bar() -> str:
     return "1.3" if _core.multiplies_bfloat16() else "3"
-
-
-def machine() -> str:
-    return (
-        f"kernels {_core.isa_in_use()} ({', '.join(_core.cpu_features())}), {os.cpu_count()} cores, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
-    )
 
 
 def load(path: Path) -> dict[str, dict]:

@@ -26,19 +26,57 @@ def small_clip(seed):
     )
 
 
+def recipe_of(heading):
+    """The code of one section of the README."""
+    section = re.search(rf"^## {heading}\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.S | re.M).group(1)
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    return compile(code, "README.md", "exec")
+
+
 def test_the_recipe_of_the_readme_trains_routers_and_saves_a_model_that_loads(monkeypatch, tmp_path):
-    (recipe,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda name: small_clip(0))
     batch = {"input_ids": torch.randint(4, 50, (6, 5)), "pixel_values": torch.randn(6, 3, 24, 24)}
     names = {"experts": [small_clip(seed) for seed in (1, 2, 3)], "loader": [batch, batch]}
-    exec(compile(recipe, "README.md", "exec"), names)
+    exec(recipe_of("A mixture of experts in your training script"), names)
     clip, loaded = names["clip"], mmbal.load_clip_moe("clip-moe")
     assert all(name.split(".")[-2] == "router" for name, p in clip.named_parameters() if p.requires_grad)
     untrained = mmbal.upcycle(small_clip(0), experts=names["experts"], top_k=2)
     moved = {n for (n, a), b in zip(clip.named_parameters(), untrained.parameters(), strict=True) if not a.equal(b)}
     assert moved and all(".router." in name for name in moved)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in clip.state_dict().items())
+
+
+class ThreeModalities(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoders = torch.nn.ModuleDict({name: torch.nn.Linear(3, 4) for name in ("text", "audio", "video")})
+        self.head = torch.nn.Linear(12, 1)
+
+    def encode(self, inputs):
+        return {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
+
+    def fuse(self, embeddings):
+        return self.head(torch.cat(list(embeddings.values()), 1)).squeeze(1)
+
+
+def test_the_recipe_of_the_readme_weighs_modalities():
+    model = ThreeModalities()
+    inputs = {name: torch.randn(20, 3) for name in model.encoders}
+    target = inputs["text"].sum(1)
+    names = {"model": model, "epochs": 2, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    names |= {"train_inputs": inputs, "train_target": target, "validation_inputs": inputs, "validation_target": target}
+    names["unimodal"] = {name: 0.9 * target + 0.1 * torch.randn(20) for name in model.encoders}
+    names["loader"] = [
+        {"inputs": {name: x[index] for name, x in inputs.items()}, "index": index, "target": target[index]}
+        for index in torch.randperm(20).split(8)
+    ]
+    before = [p.clone() for p in model.parameters()]
+    exec(recipe_of("Weights for modalities in your training script"), names)
+    btw = names["btw"]
+    assert int(btw.updates) == 2 and (btw.table != 1).all()
+    assert (btw.table.sum(1) - 3).abs().max() < 1e-5
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_the_example_script_trains_and_leaves_a_model_that_loads(tmp_path):

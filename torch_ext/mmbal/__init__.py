@@ -1,4 +1,4 @@
-"""Operators and modules that turn a dense model into a mixture of experts and train it.
+"""Operators and modules that turn a dense model into a mixture of experts, train it, and balance modalities.
 
 The operators are ``torch.ops.mmbal.*``; importing this package registers them.
 """

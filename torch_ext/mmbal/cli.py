@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    help="Operators that turn a dense model into a mixture of experts and train it.", no_args_is_help=True
+    help="Operators that turn a dense model into a mixture of experts, train it, and balance modalities.",
+    no_args_is_help=True,
 )
 
 

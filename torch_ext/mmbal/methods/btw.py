@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,23 @@ from mmbal.methods.rows import gather_rows, in_order, mean_over_ranks, same_cont
 
 TASKS = ("regression", "classification", "multilabel")
 FACTORS = ("kl+mi", "kl", "mi")
+MOST_NEIGHBORS = 64  # MMBAL_MAX_NEIGHBORS of include/mmbal/mutual_info.h
 Predictions = Mapping[str, Tensor] | Sequence[Tensor]
 
 
 def _choose(name: str, value, among: Sequence) -> None:
     if value not in among:
         raise ValueError(f"BTW: {name} must be one of {', '.join(map(str, among))}, got {value!r}")
+
+
+def _at_least_one(name: str, value) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"BTW: {name} must be an integer of at least 1, got {value!r}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"BTW: {name} must be finite and greater than 0, got {value}")
 
 
 class BTW(nn.Module):
@@ -57,7 +68,8 @@ class BTW(nn.Module):
 
     Several processes (DDP): ``update``, ``fit_sigma`` and ``step`` are collective calls. Every rank passes its own rows
     and gets those of all (a row that several ranks pass, as DistributedSampler does to pad, counts once), so all ranks
-    compute the same table, bit for bit.
+    compute the same table, bit for bit. DistributedDataParallel would send it with every forward pass too, to no use:
+    ``broadcast_buffers=False`` spares that.
     """
 
     table: Tensor | None
@@ -97,22 +109,23 @@ class BTW(nn.Module):
         _choose("mode", mode, ("diverge", "agree"))
         _choose("factors", factors, FACTORS)
         _choose("metric_mode", metric_mode, ("min", "max"))
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"BTW: num_samples must be at least 1 or None, got {num_samples}")
-        if task == "regression":
-            if isinstance(sigma, str):
-                _choose("sigma", sigma, ("residual", "fitted", "head"))
-            elif not sigma > 0:
-                raise ValueError(f"BTW: sigma must be a name or greater than 0, got {sigma}")
-            if sigma == "residual" and num_samples is None:
-                raise ValueError("BTW: sigma='residual' needs num_samples: targets are taken for training rows only")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"BTW: alpha must be from 0 to 1, got {alpha}")
-        if every < 1:
-            raise ValueError(f"BTW: every must be at least 1, got {every}")
+        if num_samples is not None:
+            _at_least_one("num_samples", num_samples)
+        _at_least_one("every", every)
+        _at_least_one("neighbors", neighbors)
+        if neighbors > MOST_NEIGHBORS:
+            raise ValueError(f"BTW: neighbors must be at most {MOST_NEIGHBORS}, got {neighbors}")
+        if isinstance(sigma, str):
+            _choose("sigma", sigma, ("residual", "fitted", "head"))
+        else:
+            _positive("sigma", sigma)
+        if task == "regression" and sigma == "residual" and num_samples is None:
+            raise ValueError("BTW: sigma='residual' needs num_samples: targets are taken for training rows only")
+        for name, value in {"alpha": alpha, "alpha_step": alpha_step}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"BTW: {name} must be from 0 to 1, got {value}")
         for name, value in {"sigma_min": sigma_min, "temperature": temperature, "floor": floor}.items():
-            if not value > 0:
-                raise ValueError(f"BTW: {name} must be greater than 0, got {value}")
+            _positive(name, value)
         if not floor <= ceiling < math.inf:
             raise ValueError(f"BTW: ceiling must be finite and at least floor = {floor}, got {ceiling}")
         self.task, self.num_samples, self.sigma_source, self.sigma_min = task, num_samples, sigma, sigma_min
@@ -121,7 +134,7 @@ class BTW(nn.Module):
         self.floor, self.ceiling, self.metric_mode, self.process_group = floor, ceiling, metric_mode, process_group
         M = len(self.modalities)
         self.register_buffer("table", None if num_samples is None else torch.ones(num_samples, M))
-        self.register_buffer("mean", torch.ones(M) if mean_one else torch.full((M,), 1 / M))
+        self.register_buffer("mean", torch.ones(M))
         self.register_buffer("mutual_info", torch.full((M,), 1 / M, dtype=torch.float64))
         constant = math.nan if isinstance(sigma, str) else float(sigma)
         self.register_buffer("sigma", torch.full((M + 1,), constant, dtype=torch.float64))  # the last: fused
@@ -131,10 +144,10 @@ class BTW(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moves to a device, never to another dtype: ``model.bfloat16()`` would leave 8 bits of the averages."""
-        device = fn(torch.empty(0)).device
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                self._buffers[name] = buffer.to(device)
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
 
     def extra_repr(self) -> str:
@@ -147,23 +160,24 @@ class BTW(nn.Module):
 
     # --- What is given ---------------------------------------------------------------------------------------------
 
-    def _predictions(self, unimodal: Predictions, fused: Tensor) -> tuple[Tensor, Tensor]:
+    def _predictions(
+        self, unimodal: Predictions, fused: Tensor, names: tuple[str, str] = ("unimodal", "fused")
+    ) -> tuple[Tensor, Tensor]:
         """[N, M, K] and [N, K]: K targets or C classes, 1 for predictions without a last dimension."""
-        each = in_order("BTW", "unimodal", unimodal, self.modalities)
+        each = in_order("BTW", names[0], unimodal, self.modalities)
         dims = (1, 2) if self.task == "regression" else (2,)
         letters = "[N] or [N, K]" if self.task == "regression" else "[N, C]"
-        if fused.dim() not in dims:
-            raise ValueError(f"BTW: fused must be {letters}, got {list(fused.shape)}")
+        if fused.dim() not in dims or fused.shape[1:].numel() < 1:
+            raise ValueError(f"BTW: {names[1]} must be {letters}, got {list(fused.shape)}")
         for name, t in zip(self.modalities, each, strict=True):
             if t.shape != fused.shape:
                 raise ValueError(
-                    f"BTW: unimodal[{name!r}] must be {letters} = {list(fused.shape)} as fused, got {list(t.shape)}"
+                    f"BTW: {names[0]}[{name!r}] must be {letters} = {list(fused.shape)} as {names[1]}, "
+                    f"got {list(t.shape)}"
                 )
         real = torch.float64 if fused.dtype == torch.float64 else torch.float32
-        N = fused.shape[0]
-        return torch.stack([t.detach().to(real).reshape(N, -1) for t in each], 1), fused.detach().to(real).reshape(
-            N, -1
-        )
+        N, K = fused.shape[0], fused.shape[1:].numel()
+        return torch.stack([t.detach().to(real).reshape(N, K) for t in each], 1), fused.detach().to(real).reshape(N, K)
 
     def _present(self, present: Tensor | None, N: int) -> Tensor | None:
         M = len(self.modalities)
@@ -183,11 +197,21 @@ class BTW(nn.Module):
     def _index(self, index: Tensor | None, N: int) -> Tensor | None:
         if (index is None) != (self.table is None):
             raise ValueError("BTW: index must be given if, and only if, num_samples was")
+        if index is not None and not isinstance(index, Tensor):
+            raise ValueError(f"BTW: index must be an int64 tensor [N] = [{N}], got {type(index).__name__}")
         if index is not None and (index.shape != (N,) or index.dtype != torch.int64):
             raise ValueError(f"BTW: index must be int64 [N] = [{N}], got {index.dtype} {list(index.shape)}")
         if index is not None and N and not (int(index.min()) >= 0 and int(index.max()) < self.num_samples):
             raise ValueError(f"BTW: index must be from 0 to num_samples - 1 = {self.num_samples - 1}")
         return index
+
+    def _known(self, rows: list[Tensor | None]) -> list[Tensor | None]:
+        """index, each, fused, target and more without the rows whose fused prediction or target is not a number."""
+        _, _, fused_NK, target_NK, *_ = rows
+        known = (fused_NK.isfinite() if self.task == "regression" else fused_NK < math.inf).all(1)
+        if target_NK is not None:
+            known &= target_NK.isfinite().all(1)
+        return rows if known.all() else [None if t is None else t[known] for t in rows]
 
     # --- The two factors -------------------------------------------------------------------------------------------
 
@@ -199,6 +223,7 @@ class BTW(nn.Module):
             pairs = torch.stack([each_NMK, torch.zeros_like(each_NMK)], -1).transpose(0, 1).reshape(M, N * K, 2)
             fused = torch.stack([fused_NK, torch.zeros_like(fused_NK)], -1).reshape(N * K, 2)
             return ops.categorical_kl(pairs, fused).reshape(N, K, M).sum(1)
+        each_NMK = torch.where(each_NMK.isfinite(), each_NMK, math.nan)
         mu, fused_mu = each_NMK.transpose(1, 2).reshape(N * K, M), fused_NK.reshape(N * K)
         if target_NK is not None:
             kl = ops.residual_kl(mu, fused_mu, target_NK.reshape(N * K), self.sigma_min)
@@ -224,7 +249,7 @@ class BTW(nn.Module):
                 ops.ksg_mutual_info(each_NMK[:, :, k], fused_NK[:, k], present_NM, self.neighbors) for k in range(K)
             ]
         else:
-            known = each_NMK.isfinite().all(2) & fused_NK.isfinite().all(1, keepdim=True)
+            known = (each_NMK < math.inf).all(2) & (fused_NK < math.inf).all(1, keepdim=True)
             present = known if present_NM is None else known & present_NM
             if self.task == "classification":
                 labels = [(each_NMK.argmax(2), fused_NK.argmax(1), K)]
@@ -248,7 +273,10 @@ class BTW(nn.Module):
             raise ValueError("BTW: log_sigma and fused_log_sigma must be given if, and only if, sigma='head'")
         if not wanted:
             return None, None
-        return self._predictions(log_sigma, fused_log_sigma.expand_as(fused))
+        if fused_log_sigma.shape != fused.shape:
+            shapes = f"{list(fused.shape)}, got {list(fused_log_sigma.shape)}"
+            raise ValueError(f"BTW: fused_log_sigma must be like fused {shapes}")
+        return self._predictions(log_sigma, fused_log_sigma.to(fused.dtype), ("log_sigma", "fused_log_sigma"))
 
     # --- Between epochs --------------------------------------------------------------------------------------------
 
@@ -270,11 +298,13 @@ class BTW(nn.Module):
         ----------
         index : [N] int64, different rows of the table; None without a table.
         unimodal : what each modality predicts by itself, a mapping from its name or a sequence in order: [N], [N, K] or
-            [N, C] (see ``task``), in units of the target or as logits.
+            [N, C] (see ``task``), in units of the target or as logits. Choose the epoch of these models by validation:
+            one that knows its training rows by heart says little of what it does elsewhere.
         fused : what the model predicts, the same shape, from the same rows in eval mode.
         target : [N] or [N, K], of these training rows; for sigma="residual" alone.
         present : [N, M] bool; absent modalities get weight 0 and are left out of the mutual information. So is a
-            modality whose prediction is NaN or infinite.
+            modality whose prediction is NaN or infinite (of logits: +inf; -inf is a class of probability 0). A row
+            whose fused prediction or target is, stays as it was.
         log_sigma, fused_log_sigma : as unimodal and fused, natural logarithms of standard deviations; for sigma="head"
             alone.
 
@@ -292,9 +322,8 @@ class BTW(nn.Module):
         if not due:
             self.updates += 1
             return False
-        index, each, whole, target, present, *heads = gather_rows(
-            self.process_group, index, each, whole, target, present, *heads
-        )
+        rows = gather_rows(self.process_group, index, each, whole, target, present, *heads)
+        index, each, whole, target, present, *heads = self._known(rows)
         kl = self._divergence(each, whole, target, *heads)
         mutual_info = self._mutual_info(each, whole, present)
         fresh = self._fresh(kl, mutual_info, present)
@@ -321,8 +350,11 @@ class BTW(nn.Module):
         """Sets the standard deviations of rows without a target, one for each modality and one for the fused
         prediction: the root mean square of the residuals of these training rows. Arguments as for ``update``. Returns
         [M + 1], the fused one last."""
-        if self.task != "regression":
-            raise ValueError(f"BTW: fit_sigma is for task='regression', this is {self.task!r}")
+        if self.task != "regression" or self.sigma_source not in ("residual", "fitted"):
+            raise ValueError(
+                "BTW: fit_sigma is for task='regression' with sigma='residual' or 'fitted', this is "
+                f"{self.task!r} with {self.sigma_source!r}"
+            )
         each, whole = self._predictions(unimodal, fused)
         index, present = self._index(index, whole.shape[0]), self._present(present, whole.shape[0])
         target = self._target(target, whole)
@@ -367,10 +399,11 @@ class BTW(nn.Module):
     ) -> Tensor:
         """float32 weights, without a gradient.
 
-        ``weights(index)``: [N, M], the table's rows. ``weights(unimodal=..., fused=...)``: [N, M], for rows outside the
-        table, from their predictions and what ``update`` last knew of the mutual information; there is no argument for
-        a target. ``weights()``: [M], the mean weights of present modalities, for rows of which nothing is known; with
-        ``present`` [N, M], a row's sum shared by what it has.
+        ``weights(index)``: [N, M], the table's rows.
+        ``weights(unimodal=..., fused=...)``: [N, M], fresh ones for rows outside the table, from their predictions and
+        what ``update`` last knew of the mutual information; there is no argument for a target.
+        ``weights()``: [M], the mean weights of present modalities, for rows of which nothing is known; with ``present``
+        [N, M], a row's sum shared by what it has.
         """
         if (unimodal is None) != (fused is None):
             raise ValueError("BTW: unimodal and fused must be given together")
@@ -379,7 +412,7 @@ class BTW(nn.Module):
                 raise ValueError("BTW: index is for rows of the table, unimodal and fused are for rows outside it")
             if self.table is None:
                 raise ValueError("BTW: index needs a table: give num_samples")
-            w = self.table[index]
+            w = self.table.index_select(0, index)
             return w if present is None else w * self._present(present, w.shape[0])
         if unimodal is None:
             return self.mean.clone() if present is None else self._shared_mean(present)
@@ -396,7 +429,7 @@ class BTW(nn.Module):
 
     def apply(
         self,
-        embeddings: Mapping[str, Tensor] | Sequence[Tensor],
+        embeddings: Mapping[str, Tensor] | Sequence[Tensor] | Callable[[nn.Module], None],
         index: Tensor | None = None,
         *,
         weights: Tensor | None = None,
@@ -404,7 +437,11 @@ class BTW(nn.Module):
     ) -> dict[str, Tensor] | list[Tensor]:
         """Each modality's embeddings [N, ...] times its weights: those of the table's rows ``index``, or the given
         ``weights`` [N, M], or without either the means of ``weights()``. Returns what came, a dict by name or a list in
-        order; dtypes stay. Call it before fusion, in training and evaluation."""
+        order; dtypes stay. Call it before fusion, in training and evaluation.
+
+        With a function alone it is ``torch.nn.Module.apply``, as ``model.apply(initialise)`` calls it on every part."""
+        if not isinstance(embeddings, (Mapping, Sequence, Tensor)):
+            return super().apply(embeddings)
         each = in_order("BTW", "embeddings", embeddings, self.modalities)
         N, M = each[0].shape[0], len(self.modalities)
         if index is not None and weights is not None:
@@ -413,7 +450,7 @@ class BTW(nn.Module):
         if index is not None:
             weights = self.weights(index)
         elif weights is None:
-            weights = self.mean.expand(N, M) if present is None else self._shared_mean(present)
+            weights = self.mean.clone().expand(N, M) if present is None else self._shared_mean(present)
         if weights.shape != (N, M):
             raise ValueError(f"BTW: weights must be [N, M] = [{N}, {M}], got {list(weights.shape)}")
         if present is not None:

@@ -48,8 +48,12 @@ static mmbal_status NAME(normal_kl_task)(void *context, int worker, int64_t begi
     for (int64_t n = begin; n < end; n += most) {
         const int64_t rows = end - n < most ? end - n : most;
         NAME(load_tile)(t, n, rows, &tile);
+        const int64_t left = end - n - rows, next = (left < most ? left : most) * M * (int64_t)sizeof(STORED);
         for (int64_t m = 0; m < M; m++) {
             REAL *restrict mu = tile.mu + m * most, *restrict log_sigma = tile.log_sigma + m * most;
+            fetch_part((const STORED *)t->mu + (n + rows) * M, next, m, M, 0);
+            if (t->log_sigma) fetch_part((const STORED *)t->log_sigma + (n + rows) * M, next, m, M, 0);
+            fetch_part((REAL *)t->kl + n * M, rows * M * (int64_t)sizeof(REAL), m, M, 1);
             if (t->target) {
                 for (int64_t r = 0; r < rows; r++) {
                     const REAL ratio = NAME(bounded)(tile.other[r] - mu[r], sigma_min) * tile.inverse[r];

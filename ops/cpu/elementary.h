@@ -7,9 +7,12 @@
 #include <stdint.h>
 #include <string.h>
 
+/* A function that is called instead of inlined is no part of a vector. */
+#define IN_VECTORS static inline __attribute__((always_inline))
+
 /* a b + c, rounded once where there is an instruction for it. Spelt out, so that a number has the same bits in a vector
  * and alone though nothing else is fused. */
-static inline float fused(float a, float b, float c) {
+IN_VECTORS float fused(float a, float b, float c) {
 #ifdef __FMA__
     return __builtin_fmaf(a, b, c);
 #else
@@ -17,15 +20,32 @@ static inline float fused(float a, float b, float c) {
 #endif
 }
 
-static inline float power_of_two(int32_t exponent) {
-    const int32_t bits = (exponent + 127) << 23;
+/* 2^exponent, -126 <= exponent <= 127; any number else. */
+IN_VECTORS float power_of_two(int32_t exponent) {
+    const uint32_t bits = (uint32_t)(exponent + 127) << 23;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
+/* x = n ln 2 + r with the integer n next to x / ln 2; a NaN stays in r. */
+typedef struct {
+    float r;
+    int32_t n;
+} reduced;
+
+IN_VECTORS reduced reduce(float x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: added, it leaves no bits for a fraction, and n in the lowest ones */
+    const float shifted = fused(x, 1.44269504f, magic), n = shifted - magic;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    const reduced result = {fused(n, 2.12194440e-4f, fused(n, -0.693359375f, x)), /* ln 2 in two parts (Cody, Waite) */
+                            (int32_t)((bits & 0x7FFFFFu) - 0x400000u)};
+    return result;
+}
+
 /* (exp(r) - 1 - r) / r^2 by its Taylor series to order 5 */
-static inline float exp_series(float r) {
+IN_VECTORS float exp_series(float r) {
     float p = 1.0f / 5040;
     p = fused(p, r, 1.0f / 720);
     p = fused(p, r, 1.0f / 120);
@@ -34,35 +54,29 @@ static inline float exp_series(float r) {
     return fused(p, r, 0.5f);
 }
 
-/* exp for float32: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; no branches, so that the loops around it become
- * vectors. Coefficients: the Taylor series to order 7, whose remainder there is 6e-9 relative. */
-static inline float exp_f32(float x) {
-    const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves no bits for a fraction */
-    const float above = x > -104.0f ? x : -104.0f, kept = above < 89.0f ? above : 89.0f;
-    const float n = fused(kept, 1.44269504f, round_to_integer) - round_to_integer;
-    const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, kept)); /* ln 2 in two parts (Cody and Waite) */
-    const float p = fused(exp_series(r) * r, r, 1 + r);
-    /* 2^n in two factors: n may be below the least exponent of a normal number. */
-    const int32_t whole = (int32_t)n, half = whole / 2;
-    const float value = x > 88.8f ? INFINITY : p * power_of_two(half) * power_of_two(whole - half);
-    return x != x ? x : value;
+/* exp for float32: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; the series' remainder there is 6e-9 relative. */
+IN_VECTORS float exp_f32(float x) {
+    /* Beyond these bounds the product is infinite or 0 by itself; a NaN is neither below nor above. */
+    const float above = x < -104.0f ? -104.0f : x;
+    const reduced of = reduce(above > 89.0f ? 89.0f : above);
+    const float p = fused(exp_series(of.r) * of.r, of.r, 1 + of.r);
+    const int32_t half = of.n >> 1; /* 2^n in two factors: n may be below the least exponent of a normal number */
+    return p * power_of_two(half) * power_of_two(of.n - half);
 }
 
 /* exp(x) - 1 - x without cancellation near 0. With exp(x) = 2^n exp(r) it is 2^n (exp(r) - 1 - r), which is small, plus
- * what is 0 for n = 0. */
-static inline float exp_beyond_linear_f32(float x) {
-    const float round_to_integer = 12582912.0f;
-    const float above = x > -87.0f ? x : -87.0f, kept = above < 88.0f ? above : 88.0f;
-    const float n = fused(kept, 1.44269504f, round_to_integer) - round_to_integer;
-    const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, kept));
-    const float scale = power_of_two((int32_t)n);
-    const float value = fused(scale * exp_series(r), r * r, fused(scale, r, -x) + (scale - 1));
+ * what is 0 for n = 0. Infinite from 88 on, where it is 1.6e38. */
+IN_VECTORS float exp_beyond_linear_f32(float x) {
+    const float above = x < -87.0f ? -87.0f : x;
+    const reduced of = reduce(above > 88.0f ? 88.0f : above);
+    const float scale = power_of_two(of.n);
+    const float value = fused(scale * exp_series(of.r), of.r * of.r, fused(scale, of.r, -x) + (scale - 1));
     return x > 88.0f ? INFINITY : value;
 }
 
 /* log for float32: x = 2^n (1 + f) with 1 + f in [sqrt 1/2, sqrt 2), log(1 + f) = 2 artanh(f / (2 + f)) by its series
  * to order 9, whose remainder there is 7e-10. 0 gives -inf, what is below 0 NaN. */
-static inline float log_f32(float x) {
+IN_VECTORS float log_f32(float x) {
     const int32_t sqrt_half_bits = 0x3F3504F3;
     const int tiny = x < 1.17549435e-38f;           /* below the least normal number */
     const float normal = tiny ? x * 8388608.0f : x; /* 2^23 */

@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "arena.h"
 #include "mmbal/btw.h"
 #include "mmbal/dtype.h"
 #include "mmbal/modalities.h"
@@ -14,7 +15,7 @@
 enum {
     TILE = 1024,            /* elements that a task holds on its stack in an array, four or fewer of them */
     ROWS_PER_CHUNK = 1024,  /* of a sum over samples: fixed, so that its order does not depend on the workers */
-    CATEGORICAL_ARRAYS = 5, /* of a tile each: p, ln p, q, ln q, dfused_logits */
+    CATEGORICAL_ARRAYS = 5, /* of a tile each: x and exp(x) twice, dfused_logits */
     FEW_CLASSES = 24,       /* at most these lie as columns: about where both ways took the same time */
     PARTS = 16              /* sums of a long row side by side, added in their order in the end */
 };
@@ -25,6 +26,18 @@ _Static_assert((int)TILE >= (int)MMBAL_MAX_MODALITIES, "a row of modalities fits
 static inline int64_t rows_per_task(int64_t N, int64_t row_size, const mmbal_pool *pool) {
     const int64_t least = 16384 / row_size, share = N / (2 * pool->workers);
     return share > least ? share : least > 1 ? least : 1;
+}
+
+/* Asks for one of `parts` parts of memory that is soon read, or written: a core waits once it has some twenty lines on
+ * the way, so the next tile comes a part at a time while this one is computed. */
+static inline void fetch_part(const void *first, int64_t bytes, int64_t part, int64_t parts, int write) {
+    const int64_t lines = (bytes + CACHE_LINE - 1) / CACHE_LINE, end = lines * (part + 1) / parts;
+    for (int64_t line = lines * part / parts; line < end; line++) {
+        if (write)
+            __builtin_prefetch((const char *)first + line * CACHE_LINE, 1, 3);
+        else
+            __builtin_prefetch((const char *)first + line * CACHE_LINE, 0, 3);
+    }
 }
 
 /* Elements of a tile of logits: whole rows of C classes, one at least. */

@@ -21,14 +21,18 @@ extern "C" {
  * agree:   w[n,:] = softmax over m of ln v[m] - min(kl[n,m], ceiling) / temperature */
 typedef enum mmbal_btw_mode { MMBAL_BTW_DIVERGE = 0, MMBAL_BTW_AGREE } mmbal_btw_mode;
 
+/* Bounds of the options: float32 holds products of two. */
+#define MMBAL_BTW_LEAST 1e-12
+#define MMBAL_BTW_MOST 1e12
+
 typedef struct mmbal_btw_options {
-    double floor, ceiling, temperature; /* 0 < floor <= ceiling < infinity, temperature > 0 */
+    double floor, ceiling, temperature; /* floor <= ceiling; all from MMBAL_BTW_LEAST to MMBAL_BTW_MOST */
     mmbal_btw_mode mode;
     int mean_one; /* not 0: a row is multiplied by its number of counted modalities, so that equal weights are 1 */
 } mmbal_btw_options;
 
 /* Counted are the modalities that are present and whose kl is not NaN; the others have weight 0. A row without any is
- * 0. mi must not be NaN. */
+ * 0. mi must be finite. */
 mmbal_status mmbal_btw_weights(mmbal_dtype dtype, const void *kl,                              /* [N, M] */
                                const double *mi,                                               /* [M] */
                                const uint8_t *present,                                         /* [N, M] or NULL: all */
@@ -51,7 +55,8 @@ mmbal_status mmbal_btw_weights_backward(mmbal_dtype dtype, const void *dweights,
 
 int64_t mmbal_ema_rows_workspace(int64_t S);
 
-/* table[index[n], :] = alpha weights[n, :] + (1 - alpha) table[index[n], :]; other rows stay. MMBAL_F32 and MMBAL_F64.
+/* table[index[n], :] = alpha weights[n, :] + (1 - alpha) table[index[n], :]; other rows stay; weights must not lie
+ * in the table. MMBAL_F32 and MMBAL_F64.
  * The table is untouched when index has an entry outside [0, S) (MMBAL_INVALID_INDEX) or one twice
  * (MMBAL_DUPLICATE_INDEX). 0 <= alpha <= 1. */
 mmbal_status mmbal_ema_rows(mmbal_dtype dtype, void *table, /* [S, M] in and out */
@@ -59,7 +64,8 @@ mmbal_status mmbal_ema_rows(mmbal_dtype dtype, void *table, /* [S, M] in and out
                             const void *weights,            /* [N, M] */
                             int64_t S, int64_t N, int64_t M, double alpha, void *workspace, const mmbal_pool *pool);
 
-/* scaled[n, :] = weights[n, m] h[n, :] for one modality m of [N, M] weights; d is the size of a row. Rounded once. */
+/* scaled[n, :] = weights[n, m] h[n, :] for one modality m of [N, M] weights; d is the size of a row. Rounded once. A
+ * weight of 0 gives 0 whatever h holds: what is missing may be NaN. */
 mmbal_status mmbal_scale_modality(mmbal_dtype dtype, const void *h,                         /* [N, d] */
                                   const void *weights,                                      /* [N, M] real */
                                   int64_t m, int64_t N, int64_t M, int64_t d, void *scaled, /* [N, d] out */

@@ -2,8 +2,9 @@
  * BTW (Hou et al., Findings of EMNLP 2025, arXiv 2508.18551; direction and residual form as in the authors' code).
  *
  * Sums are taken and results given in float32, float64 for float64 ("real"). A KL is never below 0 where its exact
- * value is not; a NaN among the inputs of an entry makes that entry NaN and no other. Every gradient output may be
- * NULL: not needed. 1 <= M <= MMBAL_MAX_MODALITIES.
+ * value is not; what is too large is infinite; a NaN among the inputs of an entry makes that entry NaN and no other.
+ * Logarithms of standard deviations are served from -80 to 80, where float32 holds their exponentials. Every gradient
+ * output may be NULL: not needed. 1 <= M <= MMBAL_MAX_MODALITIES.
  */
 #ifndef MMBAL_DIVERGENCE_H
 #define MMBAL_DIVERGENCE_H
@@ -43,9 +44,11 @@ mmbal_status mmbal_gaussian_kl_backward(mmbal_dtype dtype, const void *dkl, /* [
                                         void *dfused_log_sigma,             /* [N] out */
                                         const mmbal_pool *pool);
 
+#define MMBAL_LEAST_SIGMA 1e-30 /* float32 holds its reciprocal */
+
 /* The same with the residuals as standard deviations, s = max(|target - mu|, sigma_min), for rows whose target the
- * model may see. sigma_min > 0, in units of the target. Without the bound kl = r^2 - r - ln|r|, r = (target - mu) /
- * (target - fused_mu). */
+ * model may see. MMBAL_LEAST_SIGMA <= sigma_min < infinity, in units of the target. Without the bound kl = r^2 - r -
+ * ln|r|, r = (target - mu) / (target - fused_mu). */
 mmbal_status mmbal_residual_kl(mmbal_dtype dtype, const void *mu,                /* [N, M] */
                                const void *fused_mu,                             /* [N] */
                                const void *target,                               /* [N] */

@@ -21,10 +21,11 @@ int64_t mmbal_ksg_mutual_info_workspace(int64_t N, int64_t M, const mmbal_pool *
  * samples of a modality that are present and finite in x and y (pairwise deletion):
  *   eps_i = Chebyshev distance in (x, y) from i to its k-th nearest other sample
  *   mi = max(0, psi(n) + psi(k) - mean_i [psi(nx_i + 1) + psi(ny_i + 1)]),   nx_i = #{j != i : |x_j - x_i| < eps_i}
- * standardize divides x and y by their standard deviation (over n, not n - 1; a constant is left as it is); then
- * jitter > 0 adds jitter max(1, mean|x|) times a normal number that (seed, modality, sample) alone determine. Ties need
- * no jitter: where the k nearest coincide with i, eps_i = 0 and nothing is counted.
- * n <= neighbors gives NaN. 1 <= neighbors <= MMBAL_MAX_NEIGHBORS, N < 2^31. Time about N sqrt(N) at worst. */
+ * standardize divides x and y by their standard deviation (over n, not n - 1; where it is 0 or not finite they are left
+ * as they are); then jitter > 0 adds jitter max(1, mean|x|) times a normal number that (seed, modality, sample) alone
+ * determine. Where the k nearest coincide with i, eps_i = 0 and the samples equal to i are counted, as scikit-learn
+ * does without its jitter; many ties make the estimate too large, which jitter (1e-10 there) avoids. n <= neighbors
+ * gives NaN. 0 <= jitter < infinity, 1 <= neighbors <= MMBAL_MAX_NEIGHBORS, N < 2^31. Time about N sqrt(N) at worst. */
 enum { MMBAL_MAX_NEIGHBORS = 64 };
 mmbal_status mmbal_ksg_mutual_info(mmbal_dtype dtype, const void *x, /* [N, M] */
                                    const void *y,                    /* [N] */
@@ -33,7 +34,8 @@ mmbal_status mmbal_ksg_mutual_info(mmbal_dtype dtype, const void *x, /* [N, M] *
                                    uint64_t seed, double *mi, /* [M] out */
                                    void *workspace, const mmbal_pool *pool);
 
-/* 1 + the largest class among b and the present entries of a; 1 without entries. MMBAL_INVALID_INDEX: one is < 0. */
+/* 1 + the largest class among b and the present entries of a; 1 without entries. MMBAL_INVALID_INDEX: one is < 0 or
+ * 2^63 - 1. */
 mmbal_status mmbal_count_classes(const int64_t *a,       /* [M, N] */
                                  const int64_t *b,       /* [N] */
                                  const uint8_t *present, /* [N, M] or NULL: all */

@@ -11,10 +11,11 @@ static mmbal_status check_weights(mmbal_dtype dtype, const double *mi, int64_t N
     if (!is_dtype(dtype)) return MMBAL_UNSUPPORTED;
     const int known = o.mode == MMBAL_BTW_DIVERGE || o.mode == MMBAL_BTW_AGREE;
     if (N < 0 || M < 1 || M > MMBAL_MAX_MODALITIES || !known) return MMBAL_INVALID_ARGUMENT;
-    if (!(o.floor > 0) || !(o.ceiling >= o.floor) || !(o.ceiling < INFINITY) || !(o.temperature > 0))
+    if (!(o.floor >= MMBAL_BTW_LEAST) || !(o.ceiling >= o.floor) || !(o.ceiling <= MMBAL_BTW_MOST))
         return MMBAL_INVALID_ARGUMENT;
+    if (!(o.temperature >= MMBAL_BTW_LEAST && o.temperature <= MMBAL_BTW_MOST)) return MMBAL_INVALID_ARGUMENT;
     for (int64_t m = 0; m < M; m++)
-        if (mi[m] != mi[m]) return MMBAL_INVALID_ARGUMENT;
+        if (!isfinite(mi[m])) return MMBAL_INVALID_ARGUMENT;
     return MMBAL_OK;
 }
 

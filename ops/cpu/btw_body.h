@@ -9,8 +9,10 @@ typedef struct {
 static NAME(weight_terms) NAME(terms_of)(const weight_rows *t) {
     const mmbal_btw_options *o = t->options;
     NAME(weight_terms) terms = {(REAL)o->floor, (REAL)o->ceiling, (REAL)(1 / o->temperature), {0}};
+    double largest = o->floor; /* of v: only their ratios matter, and these products stay in range */
+    for (int64_t m = 0; m < t->M; m++) largest = t->mi[m] > largest ? t->mi[m] : largest;
     for (int64_t m = 0; m < t->M; m++) {
-        const double v = t->mi[m] > o->floor ? t->mi[m] : o->floor;
+        const double v = (t->mi[m] > o->floor ? t->mi[m] : o->floor) / largest;
         terms.modality[m] = (REAL)(o->mode == MMBAL_BTW_AGREE ? log(v) : v);
     }
     return terms;
@@ -33,7 +35,7 @@ static inline void NAME(weigh)(const weight_rows *t, const NAME(weight_terms) * 
         if (agree) {
             for (int64_t r = 0; r < rows; r++) {
                 const REAL below = column[r] < ceiling ? column[r] : ceiling;
-                const REAL level = modality - below * inverse_temperature;
+                const REAL level = modality - (below > -ceiling ? below : -ceiling) * inverse_temperature;
                 column[r] = column[r] == column[r] ? level : -INFINITY;
                 top[r] = column[r] > top[r] ? column[r] : top[r];
             }
@@ -80,6 +82,7 @@ enum {
     NAME(CHOOSES_LANES) = VECTOR_BYTES == 64 || (VECTOR_BYTES == 32 && sizeof(REAL) == 4)
 };
 
+#ifndef __clang__ /* which has no __builtin_shuffle */
 static inline NAME(lanes) NAME(where)(NAME(lane_integers) condition, NAME(lanes) value) {
     return (NAME(lanes))(condition & (NAME(lane_integers))value);
 }
@@ -116,15 +119,18 @@ static int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(weight_
     }
     return i / M;
 }
+#endif
 
 static mmbal_status NAME(weights_task)(void *context, int worker, int64_t begin, int64_t end) {
     (void)worker;
     const weight_rows *t = context;
     const NAME(weight_terms) terms = NAME(terms_of)(t);
     const int64_t M = t->M, most = TILE / M;
+#ifndef __clang__
     if (NAME(CHOOSES_LANES) && t->options->mode == MMBAL_BTW_DIVERGE && !t->present && M <= NAME(LANES))
         begin += NAME(weigh_vectors)((const STORED *)t->kl + begin * M, &terms, t->options->mean_one, end - begin, M,
                                      (REAL *)t->weights + begin * M);
+#endif
     REAL columns[TILE], scale[TILE];
     for (int64_t n = begin; n < end; n += most) {
         const int64_t rows = end - n < most ? end - n : most;

@@ -1,5 +1,7 @@
 #include "mmbal/divergence.h"
 
+#include <math.h>
+
 #include "rows.h"
 
 static int sizes_are_served(int64_t N, int64_t M) { return N >= 0 && M >= 1 && M <= MMBAL_MAX_MODALITIES; }
@@ -31,7 +33,8 @@ mmbal_status mmbal_gaussian_kl_backward(mmbal_dtype dtype, const void *dkl, cons
 
 mmbal_status mmbal_residual_kl(mmbal_dtype dtype, const void *mu, const void *fused_mu, const void *target, int64_t N,
                                int64_t M, double sigma_min, void *kl, const mmbal_pool *pool) {
-    if (!sizes_are_served(N, M) || !(sigma_min > 0)) return MMBAL_INVALID_ARGUMENT;
+    if (!sizes_are_served(N, M) || !(sigma_min >= MMBAL_LEAST_SIGMA && sigma_min < INFINITY))
+        return MMBAL_INVALID_ARGUMENT;
     normal_rows rows = {.mu = mu, .fused_mu = fused_mu, .target = target, .M = M, .sigma_min = sigma_min, .kl = kl};
     return run(mmbal_row_tasks_in_use()->normal_kl, dtype, N, M, &rows, pool);
 }
@@ -39,7 +42,8 @@ mmbal_status mmbal_residual_kl(mmbal_dtype dtype, const void *mu, const void *fu
 mmbal_status mmbal_residual_kl_backward(mmbal_dtype dtype, const void *dkl, const void *mu, const void *fused_mu,
                                         const void *target, int64_t N, int64_t M, double sigma_min, void *dmu,
                                         void *dfused_mu, const mmbal_pool *pool) {
-    if (!sizes_are_served(N, M) || !(sigma_min > 0)) return MMBAL_INVALID_ARGUMENT;
+    if (!sizes_are_served(N, M) || !(sigma_min >= MMBAL_LEAST_SIGMA && sigma_min < INFINITY))
+        return MMBAL_INVALID_ARGUMENT;
     normal_rows rows = {.mu = mu, .fused_mu = fused_mu, .target = target, .M = M, .sigma_min = sigma_min};
     rows.dkl = dkl, rows.dmu = dmu, rows.dfused_mu = dfused_mu;
     return run(mmbal_row_tasks_in_use()->normal_kl_backward, dtype, N, M, &rows, pool);

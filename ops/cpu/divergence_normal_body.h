@@ -57,7 +57,8 @@ static mmbal_status NAME(normal_kl_task)(void *context, int worker, int64_t begi
             if (t->target) {
                 for (int64_t r = 0; r < rows; r++) {
                     const REAL ratio = NAME(bounded)(tile.other[r] - mu[r], sigma_min) * tile.inverse[r];
-                    log_sigma[r] = (REAL)0.5 * (ratio - 1) * (ratio + 1) - OF_REAL(log)(ratio);
+                    const REAL spread = (REAL)0.5 * (ratio - 1) * (ratio + 1) - OF_REAL(log)(ratio);
+                    log_sigma[r] = ratio < INFINITY ? spread : ratio;
                 }
             } else {
                 for (int64_t r = 0; r < rows; r++)

@@ -116,7 +116,7 @@ static int64_t gather(const ksg *k, int64_t m, int of_y, double *values, sort_en
     const double mean = n > 0 ? sum / (double)n : 0;
     for (int64_t i = 0; i < n; i++) squares += (values[i] - mean) * (values[i] - mean);
     const double deviation = n > 0 ? sqrt(squares / (double)n) : 0;
-    if (k->standardize && deviation > 0)
+    if (k->standardize && deviation > 0 && isfinite(deviation)) /* infinite where squares overflow */
         for (int64_t i = 0; i < n; i++) values[i] /= deviation;
     if (k->jitter > 0) {
         for (int64_t i = 0; i < n; i++) sizes += fabs(values[i]);
@@ -231,18 +231,19 @@ static double neighbor_distance(const ksg_modality *s, int64_t strip, int64_t i,
     return bound(&found);
 }
 
-/* #{j != at : |sorted[j] - sorted[at]| < eps}, by steps that double and then halve; the predicate is that of the
- * distances themselves. */
+static inline int is_within(double distance, double eps) { return distance < eps || (eps == 0 && distance == 0); }
+
+/* #{j != at : |sorted[j] - sorted[at]| < eps}, or = 0 for eps = 0, by steps that double and then halve; the predicate
+ * is that of the distances themselves. */
 static int64_t count_within(const double *sorted, int64_t n, int64_t at, double eps) {
     const double value = sorted[at];
-    if (!(eps > 0)) return 0;
     int64_t last = at, first = at, step = 1;
-    for (; last + step < n && sorted[last + step] - value < eps; step *= 2) last += step;
+    for (; last + step < n && is_within(sorted[last + step] - value, eps); step *= 2) last += step;
     for (; step > 0; step /= 2)
-        if (last + step < n && sorted[last + step] - value < eps) last += step;
-    for (step = 1; first - step >= 0 && value - sorted[first - step] < eps; step *= 2) first -= step;
+        if (last + step < n && is_within(sorted[last + step] - value, eps)) last += step;
+    for (step = 1; first - step >= 0 && is_within(value - sorted[first - step], eps); step *= 2) first -= step;
     for (; step > 0; step /= 2)
-        if (first - step >= 0 && value - sorted[first - step] < eps) first -= step;
+        if (first - step >= 0 && is_within(value - sorted[first - step], eps)) first -= step;
     return last - first;
 }
 
@@ -277,7 +278,8 @@ mmbal_status mmbal_ksg_mutual_info(mmbal_dtype dtype, const void *x, const void 
                                    int64_t M, int64_t neighbors, int standardize, double jitter, uint64_t seed,
                                    double *mi, void *workspace, const mmbal_pool *pool) {
     if (N < 0 || N > INT32_MAX || M < 1) return MMBAL_INVALID_ARGUMENT;
-    if (neighbors < 1 || neighbors > MMBAL_MAX_NEIGHBORS || !(jitter >= 0)) return MMBAL_INVALID_ARGUMENT;
+    if (neighbors < 1 || neighbors > MMBAL_MAX_NEIGHBORS || !(jitter >= 0 && jitter < INFINITY))
+        return MMBAL_INVALID_ARGUMENT;
     if (dtype != MMBAL_F32 && dtype != MMBAL_BF16 && dtype != MMBAL_F16 && dtype != MMBAL_F64) return MMBAL_UNSUPPORTED;
     ksg k = {.dtype = dtype, .x = x, .y = y, .present = present, .N = N, .M = M, .neighbors = neighbors};
     k.standardize = standardize, k.jitter = jitter, k.seed = seed;
@@ -323,8 +325,9 @@ mmbal_status mmbal_count_classes(const int64_t *a, const int64_t *b, const uint8
             least = class < least ? class : least;
         }
     }
+    if (least < 0 || largest == INT64_MAX) return MMBAL_INVALID_INDEX;
     *C = largest + 1;
-    return least < 0 ? MMBAL_INVALID_INDEX : MMBAL_OK;
+    return MMBAL_OK;
 }
 
 typedef struct {

@@ -13,7 +13,7 @@
 #include "mmbal/pool.h"
 
 enum {
-    TILE = 1024,            /* elements that a task holds on its stack in an array, four or fewer of them */
+    TILE = 1024,            /* elements that a task holds on its stack in an array */
     ROWS_PER_CHUNK = 1024,  /* of a sum over samples: fixed, so that its order does not depend on the workers */
     CATEGORICAL_ARRAYS = 5, /* of a tile each: x and exp(x) twice, dfused_logits */
     FEW_CLASSES = 24,       /* at most these lie as columns: about where both ways took the same time */

@@ -8,6 +8,10 @@ static mmbal_status NAME(scale_task)(void *context, int worker, int64_t begin, i
         const REAL weight = ((const REAL *)t->weights)[n * t->M + t->m];
         const STORED *restrict h = (const STORED *)t->h + n * d;
         STORED *restrict scaled = (STORED *)t->scaled + n * d;
+        if (weight == 0) { /* whatever h holds */
+            for (int64_t i = 0; i < d; i++) scaled[i] = STORE((REAL)0);
+            continue;
+        }
         for (int64_t i = 0; i < d; i++) scaled[i] = STORE(weight * LOAD(h[i]));
     }
     return MMBAL_OK;

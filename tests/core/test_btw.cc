@@ -269,7 +269,11 @@ TEST(BtwWeightsErrors, RefuseOptionsOutsideTheContract) {
         EXPECT_EQ(status([&](auto &p) { p.options.temperature = bad; }), MMBAL_INVALID_ARGUMENT) << bad;
         EXPECT_EQ(status([&](auto &p) { p.options.ceiling = bad; }), MMBAL_INVALID_ARGUMENT) << bad;
     }
-    EXPECT_EQ(status([](auto &p) { p.options.ceiling = INFINITE; }), MMBAL_INVALID_ARGUMENT);
+    for (double bad : {INFINITE, 1e13}) {
+        EXPECT_EQ(status([&](auto &p) { p.options.ceiling = bad; }), MMBAL_INVALID_ARGUMENT) << bad;
+        EXPECT_EQ(status([&](auto &p) { p.options.temperature = bad; }), MMBAL_INVALID_ARGUMENT) << bad;
+    }
+    EXPECT_EQ(status([](auto &p) { p.mi[1] = INFINITE; }), MMBAL_INVALID_ARGUMENT);
     EXPECT_EQ(status([](auto &p) { p.mi[1] = NOT_A_NUMBER; }), MMBAL_INVALID_ARGUMENT);
     EXPECT_EQ(status([](auto &p) { p.options.mode = enum_of<mmbal_btw_mode>(2); }), MMBAL_INVALID_ARGUMENT);
     const mmbal_pool pool = mmbal_pool_serial();

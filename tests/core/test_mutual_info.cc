@@ -29,8 +29,9 @@ double plain_ksg(const std::vector<double> &x, const std::vector<double> &y, int
         std::nth_element(distances.begin(), distances.begin() + k - 1, distances.end());
         const double eps = distances[k - 1];
         int64_t nx = 0, ny = 0;
+        const auto counts = [&](double d) { return std::fabs(d) < eps || (eps == 0 && d == 0); };
         for (int64_t j = 0; j < n; j++)
-            if (j != i) nx += std::fabs(x[j] - x[i]) < eps, ny += std::fabs(y[j] - y[i]) < eps;
+            if (j != i) nx += counts(x[j] - x[i]), ny += counts(y[j] - y[i]);
         sum += psi(nx + 1) + psi(ny + 1);
     }
     return std::max(0.0, psi(n) + psi(k) - sum / static_cast<double>(n));
@@ -147,7 +148,7 @@ TEST(KsgMutualInfo, OfAConstantIsZeroAndOfACopySaturates) {
     }
     Ksg all_the_same{50, 1};
     all_the_same.x.assign(50, 1), all_the_same.y.assign(50, 2);
-    EXPECT_NEAR(all_the_same.run()[0], psi(50) + psi(3) - 2 * psi(1), 1e-12); // eps = 0: nothing is counted
+    EXPECT_NEAR(all_the_same.run()[0], 0, 1e-12); // eps = 0: all others are counted
 }
 
 TEST(KsgMutualInfo, StandardizesByTheDeviationOverAllSamples) {
@@ -227,6 +228,7 @@ TEST(KsgMutualInfo, RefusesOptionsOutsideTheContract) {
     EXPECT_EQ(status([](auto &p) { p.neighbors = 0; }), MMBAL_INVALID_ARGUMENT);
     EXPECT_EQ(status([](auto &p) { p.neighbors = MMBAL_MAX_NEIGHBORS + 1; }), MMBAL_INVALID_ARGUMENT);
     EXPECT_EQ(status([](auto &p) { p.jitter = -1; }), MMBAL_INVALID_ARGUMENT);
+    EXPECT_EQ(status([](auto &p) { p.jitter = std::numeric_limits<double>::infinity(); }), MMBAL_INVALID_ARGUMENT);
     EXPECT_EQ(status([](auto &p) { p.jitter = NOT_A_NUMBER; }), MMBAL_INVALID_ARGUMENT);
     EXPECT_EQ(status([](auto &p) { p.N = 0, p.x.clear(), p.y.clear(); }), MMBAL_OK);
     EXPECT_TRUE(std::isnan(mi[0]));
@@ -329,6 +331,8 @@ TEST(CountClasses, FindsTheLargestOfWhatIsPresent) {
     EXPECT_EQ(C, 1);
     const int64_t negative[] = {0, -1};
     EXPECT_EQ(mmbal_count_classes(a, negative, nullptr, 2, 2, &C), MMBAL_INVALID_INDEX);
+    const int64_t largest[] = {0, INT64_MAX};
+    EXPECT_EQ(mmbal_count_classes(a, largest, nullptr, 2, 2, &C), MMBAL_INVALID_INDEX);
 }
 
 } // namespace

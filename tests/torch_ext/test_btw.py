@@ -81,6 +81,20 @@ def test_extremes_give_no_nan(mode):
     assert w[3, 0] == 0
 
 
+def test_options_at_their_bounds_give_no_nan():
+    kl = torch.tensor([[0.0, 0.0, 0.0], [math.inf, 0.0, 1.0], [-math.inf, 1e30, 2.0]])
+    for mode in ("diverge", "agree"):
+        for mi in (torch.zeros(3), torch.tensor([1e30, 1.0, 0.0])):
+            for changes in ({"floor": 1e-12}, {"ceiling": 1e12}, {"temperature": 1e-12}, {"temperature": 1e12}):
+                w = weights(kl, mi, mode=mode, **changes)
+                assert (w.sum(1) - 1).abs().max() < 1e-5
+
+
+def test_a_weight_of_zero_silences_what_is_missing_and_nan():
+    h = torch.full((2, 3), math.nan)
+    assert (ops.scale_modalities([h], torch.zeros(2, 1))[0] == 0).all()
+
+
 def test_divergence_raises_a_weight_in_one_mode_and_lowers_it_in_the_other():
     kl = torch.tensor([[0.1, 1.0, 10.0]])
     assert (weights(kl, torch.ones(3)).diff() > 0).all()
@@ -224,13 +238,13 @@ def test_scale_modalities_refuses_bad_input(hs, w, message):
     [
         ({"kl": torch.zeros(4)}, r"kl must be \[N, M\]"),
         ({"mi": torch.zeros(2)}, r"mi must be \[M\] = \[3\], got \[2\]"),
-        ({"mi": torch.tensor([1, math.nan, 1])}, "mi must be a number for every modality, got NaN for 1"),
+        ({"mi": torch.tensor([1, math.nan, 1])}, "mi must be finite for every modality, got nan for 1"),
         ({"mi": torch.zeros(3).long()}, "mi must be float32, bfloat16, float16 or float64, got int64"),
         ({"present": torch.ones(4, 2).bool()}, r"present must be \[N, M\] = \[4, 3\], got \[4, 2\]"),
-        ({"floor": 0.0}, "floor must be greater than 0, got 0"),
-        ({"ceiling": 1e-9}, "ceiling must be finite and at least floor"),
-        ({"ceiling": math.inf}, "ceiling must be finite"),
-        ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"floor": 0.0}, "floor must be at least 1e-12, got 0"),
+        ({"ceiling": 1e-9}, "ceiling must be from floor"),
+        ({"ceiling": math.inf}, "ceiling must be from floor"),
+        ({"temperature": 0.0}, "temperature must be from 1e-12 to"),
         ({"mode": "sum"}, "mode must be diverge or agree, got sum"),
     ],
 )

@@ -102,6 +102,12 @@ def test_golden_values():
     assert ops.categorical_kl(p, q, True).item() == pytest.approx(0.11662245248648459, abs=1e-15)
 
 
+def test_a_hugely_wrong_modality_is_infinitely_far_and_not_missing():
+    mu, fused, target = torch.tensor([[1e37, 0.5]]), torch.tensor([0.0]), torch.tensor([1e-4])
+    kl = ops.residual_kl(mu, fused, target, 1e-3)
+    assert kl[0, 0] == math.inf and kl[0, 1].isfinite()
+
+
 def test_almost_equal_gaussians_keep_their_digits_in_float32():
     delta = torch.tensor([[1e-1, 1e-2, 1e-3, 1e-4]])
     kl = ops.gaussian_kl(torch.zeros(1, 4), delta, torch.zeros(1), torch.zeros(1))
@@ -265,8 +271,8 @@ def test_gaussian_kl_refuses_bad_input(change, message):
 
 def test_the_others_refuse_bad_input():
     mu, row = torch.zeros(4, 3), torch.zeros(4)
-    for sigma_min in (0.0, -1.0, math.nan):
-        with pytest.raises(RuntimeError, match="sigma_min must be greater than 0"):
+    for sigma_min in (0.0, -1.0, math.nan, math.inf, 1e-40):
+        with pytest.raises(RuntimeError, match="sigma_min must be finite and at least 1e-30"):
             ops.residual_kl(mu, row, row, sigma_min)
     with pytest.raises(RuntimeError, match=r"target must be \[N\] = \[4\], got \[3\]"):
         ops.residual_kl(mu, row, row[:3], 1e-3)

@@ -512,6 +512,30 @@ def test_a_logit_of_minus_infinity_is_a_probability_of_zero(task):
     assert (updated(rows).table - updated(near).table).abs().max() < 1e-5
 
 
+def test_a_modality_that_gives_every_class_a_probability_of_zero_is_absent():
+    rows = make_rows("classification")
+    rows.unimodal["video"][7] = -math.inf
+    present = torch.ones(60, M, dtype=torch.bool)
+    present[7, NAMES.index("video")] = False
+    assert_same(state(updated(rows)), state(updated(make_rows("classification"), present=present)))
+
+
+def test_a_sigma_that_is_not_finite_leaves_the_row_or_the_modality_out(regression, everyone):
+    btw = BTW(NAMES, num_samples=60, sigma="head", alpha=1.0)
+    log_sigma = {name: torch.zeros(60) for name in NAMES}
+    fused_log_sigma = torch.zeros(60)
+    fused_log_sigma[3], log_sigma["video"][4] = math.nan, math.inf
+    btw.update(everyone, regression.unimodal, regression.fused, log_sigma=log_sigma, fused_log_sigma=fused_log_sigma)
+    assert (btw.table[3] == 1).all()
+    assert btw.table[4, NAMES.index("video")] == 0 and btw.table[4].sum().item() == pytest.approx(2, abs=1e-5)
+
+
+def test_constant_predictions_have_no_mutual_information(everyone):
+    btw = BTW(NAMES, num_samples=60, sigma=1.0)
+    btw.update(everyone, {name: torch.ones(60) for name in NAMES}, torch.ones(60))
+    assert (btw.mutual_info < 0.2).all()
+
+
 @pytest.mark.parametrize("task", ["regression", "classification", "multilabel"])
 def test_a_row_whose_fused_prediction_is_nan_counts_nowhere_and_stays(task):
     rows = make_rows(task)

@@ -5,6 +5,7 @@ import pytest
 import scipy.special
 import torch
 from sklearn.feature_selection import mutual_info_regression
+from sklearn.feature_selection._mutual_info import _compute_mi_cc  # without scaling and jitter
 from sklearn.metrics import mutual_info_score
 
 import mmbal  # noqa: F401  (loads the operators)
@@ -26,7 +27,7 @@ def plain(x, y, k):
     np.fill_diagonal(distance, np.inf)
     eps = np.sort(distance, 1)[:, k - 1 : k]
     others = ~np.eye(len(x), dtype=bool)
-    nx, ny = ((d < eps) & others for d in (dx, dy))
+    nx, ny = (((d < eps) | ((eps == 0) & (d == 0))) & others for d in (dx, dy))
     means = (scipy.special.digamma(n.sum(1) + 1).mean() for n in (nx, ny))
     return max(0.0, scipy.special.digamma(len(x)) + scipy.special.digamma(k) - sum(means))
 
@@ -110,6 +111,27 @@ def test_ksg_jitter_follows_its_seed_and_scikit_learns_range():
     assert min(theirs) - 0.05 < np.mean(jittered) < max(theirs) + 0.05
 
 
+@pytest.mark.parametrize("steps", [1, 10, 100])
+def test_ksg_of_ties_equals_scikit_learn_without_its_jitter(steps):
+    x, y = dependent(500, 1)
+    x, y = (x * steps).round() / steps, (y * steps).round() / steps
+    independent = y[torch.randperm(500)]
+    for other in (x[:, 0], independent, torch.ones_like(y)):
+        expected = _compute_mi_cc(other.numpy(), y.numpy(), 3)
+        assert ksg(other[:, None], y, None, 3, False).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_ksg_of_constants_or_of_independent_signs_is_zero():
+    ones, signs = torch.ones(400).double(), (torch.rand(2, 400) < 0.5).double()
+    assert ksg(ones[:, None], ones).item() == pytest.approx(0, abs=1e-12)
+    assert ksg(signs[0][:, None], signs[1]).item() < 0.02
+
+
+def test_ksg_of_huge_numbers_is_that_of_small_ones():
+    x, y = dependent(300, 2)
+    assert (ksg(x * 1e200, y * 1e200) - ksg(x, y, None, 3, False)).abs().max() <= 1e-12
+
+
 @pytest.mark.parametrize("clumped", ["x", "y", "both"])
 def test_ksg_serves_samples_that_lie_in_clumps(clumped):
     x, y = dependent(1500, 1)
@@ -181,7 +203,7 @@ def test_opcheck():
         (lambda x, y: ksg(x[:, :0], y), "x must have at least one modality"),
         (lambda x, y: ksg(x, y, None, 0), "neighbors must be from 1 to 64, got 0"),
         (lambda x, y: ksg(x, y, None, 10), "x must have more samples than neighbors = 10, got 10"),
-        (lambda x, y: ksg(x, y, None, 3, True, -1.0), "jitter must not be negative, got -1"),
+        (lambda x, y: ksg(x, y, None, 3, True, -1.0), "jitter must be finite and not negative, got -1"),
         (lambda x, y: ksg(x, y, torch.ones(10, 2).bool()), r"present must be \[N, M\] = \[10, 3\], got \[10, 2\]"),
         (lambda x, y: ksg(x, y, torch.ones(10, 3)), "present must be bool, got float32"),
         (lambda x, y: discrete(x.T.long(), y), "discrete_mutual_info: b must be int64, got float64"),
@@ -189,7 +211,7 @@ def test_opcheck():
             lambda x, y: discrete(torch.ones(1, 3).long(), torch.ones(3).long(), None, 1),
             "from 0 to num_classes - 1 = 0",
         ),
-        (lambda x, y: discrete(-torch.ones(1, 3).long(), torch.ones(3).long()), "got a negative one"),
+        (lambda x, y: discrete(-torch.ones(1, 3).long(), torch.ones(3).long()), "classes from 0 to"),
         (lambda x, y: discrete(torch.full((1, 3), 1 << 40), torch.ones(3).long()), "must be classes below 32768"),
         (
             lambda x, y: discrete(torch.ones(1, 3).long(), torch.ones(3).long(), None, 0),

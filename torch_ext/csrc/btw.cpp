@@ -23,16 +23,19 @@ struct WeightInputs {
         check_shape(op, "mi", mi, "[M]", {M});
         storage_dtype(op, "mi", mi);
         present = check_present(op, present, N, M);
-        STD_TORCH_CHECK(floor > 0, op, ": floor must be greater than 0, got ", floor);
-        STD_TORCH_CHECK(ceiling >= floor && std::isfinite(ceiling), op,
-                        ": ceiling must be finite and at least floor = ", floor, ", got ", ceiling);
+        constexpr double least = MMBAL_BTW_LEAST, most = MMBAL_BTW_MOST;
+        STD_TORCH_CHECK(floor >= least, op, ": floor must be at least ", least, ", got ", floor);
+        STD_TORCH_CHECK(ceiling >= floor && ceiling <= most, op, ": ceiling must be from floor = ", floor, " to ", most,
+                        ", got ", ceiling);
         STD_TORCH_CHECK(mode == "diverge" || mode == "agree", op, ": mode must be diverge or agree, got ", mode);
-        STD_TORCH_CHECK(temperature > 0, op, ": temperature must be greater than 0, got ", temperature);
+        STD_TORCH_CHECK(temperature >= least && temperature <= most, op, ": temperature must be from ", least, " to ",
+                        most, ", got ", temperature);
         options = {floor, ceiling, temperature, mode == "agree" ? MMBAL_BTW_AGREE : MMBAL_BTW_DIVERGE, mean_one};
         kl = torch::stable::contiguous(kl);
         mi = torch::stable::contiguous(torch::stable::to(mi, ScalarType::Double));
         for (int64_t m = 0; m < M; m++)
-            STD_TORCH_CHECK(!std::isnan(mi_data()[m]), op, ": mi must be a number for every modality, got NaN for ", m);
+            STD_TORCH_CHECK(std::isfinite(mi_data()[m]), op, ": mi must be finite for every modality, got ",
+                            mi_data()[m], " for ", m);
     }
     const double *mi_data() const { return static_cast<const double *>(mi.const_data_ptr()); }
 };

@@ -1,5 +1,7 @@
 #include "mmbal/divergence.h"
 
+#include <cmath>
+
 #include "modalities.h"
 
 namespace mmbal {
@@ -33,7 +35,8 @@ struct NormalInputs {
 };
 
 void check_sigma_min(const char *op, double sigma_min) {
-    STD_TORCH_CHECK(sigma_min > 0, op, ": sigma_min must be greater than 0, got ", sigma_min);
+    STD_TORCH_CHECK(sigma_min >= MMBAL_LEAST_SIGMA && std::isfinite(sigma_min), op,
+                    ": sigma_min must be finite and at least ", MMBAL_LEAST_SIGMA, ", got ", sigma_min);
 }
 
 Tensor gaussian_kl(Tensor mu, Tensor log_sigma, Tensor fused_mu, Tensor fused_log_sigma) {

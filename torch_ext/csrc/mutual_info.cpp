@@ -1,5 +1,7 @@
 #include "mmbal/mutual_info.h"
 
+#include <cmath>
+
 #include "modalities.h"
 
 namespace mmbal {
@@ -18,7 +20,7 @@ Tensor ksg_mutual_info(Tensor x, Tensor y, std::optional<Tensor> present, int64_
                     static_cast<int64_t>(MMBAL_MAX_NEIGHBORS), ", got ", neighbors);
     STD_TORCH_CHECK(N > neighbors, op, ": x must have more samples than neighbors = ", neighbors, ", got ", N);
     STD_TORCH_CHECK(N <= INT32_MAX, op, ": x must have fewer than 2^31 samples, got ", N);
-    STD_TORCH_CHECK(jitter >= 0, op, ": jitter must not be negative, got ", jitter);
+    STD_TORCH_CHECK(jitter >= 0 && std::isfinite(jitter), op, ": jitter must be finite and not negative, got ", jitter);
     x = torch::stable::contiguous(x), y = torch::stable::contiguous(y);
     Tensor mi = torch::stable::new_empty(x, {M}, ScalarType::Double);
     TorchPool pool;
@@ -38,7 +40,7 @@ Tensor discrete_mutual_info(Tensor a, Tensor b, std::optional<Tensor> present, i
     STD_TORCH_CHECK(M >= 1, op, ": a must have at least one modality, got ", shape_text(a.sizes()));
     check_like(op, "b", b, "[N]", {N}, a);
     present = check_present(op, present, N, M);
-    // The largest num_classes: a table of that many squared entries is 8 GiB.
+    // A modality's table of as many classes squared is 8 GiB.
     constexpr int64_t most_classes = 32768;
     STD_TORCH_CHECK(num_classes == -1 || (num_classes >= 1 && num_classes <= most_classes), op,
                     ": num_classes must be from 1 to ", most_classes, ", or -1 to find it, got ", num_classes);
@@ -46,7 +48,7 @@ Tensor discrete_mutual_info(Tensor a, Tensor b, std::optional<Tensor> present, i
     if (num_classes == -1) {
         const mmbal_status counted =
             mmbal_count_classes(index_data(a), index_data(b), mask_data(present), M, N, &num_classes);
-        STD_TORCH_CHECK(counted == MMBAL_OK, op, ": a and b must be classes from 0 on, got a negative one");
+        STD_TORCH_CHECK(counted == MMBAL_OK, op, ": a and b must be classes from 0 to 2^63 - 2, got another");
         STD_TORCH_CHECK(num_classes <= most_classes, op, ": a and b must be classes below ", most_classes, ", got ",
                         num_classes - 1);
     }

@@ -71,7 +71,8 @@ def _residual_backward(ctx, dkl_NM):
     mu, fused, target, _ = ctx.needs_input_grad
     needed = [mu or target, fused or target]
     dmu_NM, dfused_N = ops.residual_kl_backward(dkl_NM, *ctx.saved_tensors, ctx.sigma_min, needed)
-    dtarget_N = -dfused_N - dmu_NM.sum(1) if target else None
+    real = dkl_NM.dtype
+    dtarget_N = (-dfused_N.to(real) - dmu_NM.sum(1, dtype=real)).to(dfused_N.dtype) if target else None
     return dmu_NM if mu else None, dfused_N if fused else None, dtarget_N, None
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mmbal._library import ops
-from mmbal.methods.rows import gather_rows, in_order, mean_over_ranks, same_container
+from mmbal.methods.rows import gather_rows, in_order, mean_over_ranks, ranks, same_container
 
 TASKS = ("regression", "classification", "multilabel")
 FACTORS = ("kl+mi", "kl", "mi")
+JITTER = 1e-10  # of predictions that tie: what scikit-learn, and so the authors' code, adds; from a fixed seed
 MOST_NEIGHBORS = 64  # MMBAL_MAX_NEIGHBORS of include/mmbal/mutual_info.h
 Predictions = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -59,7 +60,8 @@ class BTW(nn.Module):
     every : ``update`` works at its first call and then at each every-th.
     mode : "diverge", weight grows with divergence as in the authors' code: w ~ max(KL, floor) v; or "agree",
         w ~ v exp(-KL / temperature).
-    mean_one : a row sums to its number of present modalities, so that equal weights are 1; False: to 1, as published.
+    mean_one : a fresh row sums to its number of present modalities, so that equal weights are 1; False: to 1, as
+        published.
     factors : "kl+mi" (BTW), "kl" or "mi" alone.
     neighbors : of the estimator of mutual information (regression).
     floor, ceiling : bounds of the KL; ``floor`` of the mutual information too.
@@ -69,7 +71,8 @@ class BTW(nn.Module):
     Several processes (DDP): ``update``, ``fit_sigma`` and ``step`` are collective calls. Every rank passes its own rows
     and gets those of all (a row that several ranks pass, as DistributedSampler does to pad, counts once), so all ranks
     compute the same table, bit for bit. DistributedDataParallel would send it with every forward pass too, to no use:
-    ``broadcast_buffers=False`` spares that.
+    ``broadcast_buffers=False`` spares that. The tables are on the CPU, so the group needs a CPU backend (gloo). As in
+    any collective call, an error on one rank leaves the others waiting.
     """
 
     table: Tensor | None
@@ -190,7 +193,7 @@ class BTW(nn.Module):
     def _target(self, target: Tensor | None, fused_NK: Tensor) -> Tensor:
         if target is None:
             raise ValueError("BTW: target must be given: the residuals of the training rows are the sigmas")
-        if target.numel() != fused_NK.numel() or target.shape[0] != fused_NK.shape[0]:
+        if target.dim() < 1 or target.numel() != fused_NK.numel() or target.shape[0] != fused_NK.shape[0]:
             raise ValueError(f"BTW: target must be like fused {list(fused_NK.shape)}, got {list(target.shape)}")
         return target.detach().to(fused_NK.dtype).reshape(fused_NK.shape)
 
@@ -205,12 +208,21 @@ class BTW(nn.Module):
             raise ValueError(f"BTW: index must be from 0 to num_samples - 1 = {self.num_samples - 1}")
         return index
 
+    def _is_known(self, predictions: Tensor) -> Tensor:
+        """Of predictions [..., K] whether they are numbers. A logit of -inf is one, of a probability of 0; not of every
+        class."""
+        if self.task == "regression":
+            return predictions.isfinite().all(-1)
+        known = (predictions < math.inf).all(-1)
+        return known & (predictions > -math.inf).any(-1) if self.task == "classification" else known
+
     def _known(self, rows: list[Tensor | None]) -> list[Tensor | None]:
         """index, each, fused, target and more without the rows whose fused prediction or target is not a number."""
         _, _, fused_NK, target_NK, *_ = rows
-        known = (fused_NK.isfinite() if self.task == "regression" else fused_NK < math.inf).all(1)
-        if target_NK is not None:
-            known &= target_NK.isfinite().all(1)
+        known = self._is_known(fused_NK)
+        for more_NK in (target_NK, rows[-1] if self.sigma_source == "head" else None):
+            if more_NK is not None:
+                known &= more_NK.isfinite().all(1)
         return rows if known.all() else [None if t is None else t[known] for t in rows]
 
     # --- The two factors -------------------------------------------------------------------------------------------
@@ -234,6 +246,7 @@ class BTW(nn.Module):
                 log_sigma = self.sigma.log().to(mu.dtype)
                 log_sigma, fused_log_sigma = log_sigma[:M].expand(N * K, M), log_sigma[M].expand(N * K)
             else:
+                log_sigma_NMK = torch.where(log_sigma_NMK.isfinite(), log_sigma_NMK, math.nan)
                 log_sigma = log_sigma_NMK.transpose(1, 2).reshape(N * K, M)
                 fused_log_sigma = fused_log_sigma_NK.reshape(N * K)
             kl = ops.gaussian_kl(mu, log_sigma, fused_mu, fused_log_sigma)
@@ -246,10 +259,11 @@ class BTW(nn.Module):
             if self.neighbors >= N:
                 return self.mutual_info.clone()
             of_targets = [
-                ops.ksg_mutual_info(each_NMK[:, :, k], fused_NK[:, k], present_NM, self.neighbors) for k in range(K)
+                ops.ksg_mutual_info(each_NMK[:, :, k], fused_NK[:, k], present_NM, self.neighbors, jitter=JITTER)
+                for k in range(K)
             ]
         else:
-            known = (each_NMK < math.inf).all(2) & (fused_NK < math.inf).all(1, keepdim=True)
+            known = self._is_known(each_NMK) & self._is_known(fused_NK)[:, None]
             present = known if present_NM is None else known & present_NM
             if self.task == "classification":
                 labels = [(each_NMK.argmax(2), fused_NK.argmax(1), K)]
@@ -302,7 +316,8 @@ class BTW(nn.Module):
             one that knows its training rows by heart says little of what it does elsewhere.
         fused : what the model predicts, the same shape, from the same rows in eval mode.
         target : [N] or [N, K], of these training rows; for sigma="residual" alone.
-        present : [N, M] bool; absent modalities get weight 0 and are left out of the mutual information. So is a
+        present : [N, M] bool; absent modalities get weight 0 (their rows of the table move towards it from 1: pass
+            ``present`` to ``weights`` and ``apply`` too) and are left out of the mutual information. So is a
             modality whose prediction is NaN or infinite (of logits: +inf; -inf is a class of probability 0). A row
             whose fused prediction or target is, stays as it was.
         log_sigma, fused_log_sigma : as unimodal and fused, natural logarithms of standard deviations; for sigma="head"
@@ -322,6 +337,8 @@ class BTW(nn.Module):
         if not due:
             self.updates += 1
             return False
+        if present is None and ranks(self.process_group) > 1:  # another rank may have a mask
+            present = torch.ones(N, len(self.modalities), dtype=torch.bool)
         rows = gather_rows(self.process_group, index, each, whole, target, present, *heads)
         index, each, whole, target, present, *heads = self._known(rows)
         kl = self._divergence(each, whole, target, *heads)
@@ -358,6 +375,8 @@ class BTW(nn.Module):
         each, whole = self._predictions(unimodal, fused)
         index, present = self._index(index, whole.shape[0]), self._present(present, whole.shape[0])
         target = self._target(target, whole)
+        if present is None and ranks(self.process_group) > 1:
+            present = torch.ones(each.shape[:2], dtype=torch.bool)
         index, each, whole, target, present = gather_rows(self.process_group, index, each, whole, target, present)
         squares = torch.cat([each, whole.unsqueeze(1)], 1).double().sub(target.unsqueeze(1)).square().mean(2)
         counted = squares.isfinite()

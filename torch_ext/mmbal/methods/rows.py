@@ -26,7 +26,10 @@ def same_container(like, modalities: list[str], tensors: list[Tensor]) -> dict[s
 
 
 def ranks(group) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    found = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    if found < 1:
+        raise RuntimeError("this process is not in the process_group")
+    return found
 
 
 def _all_rows(tensor: Tensor, counts: list[int], group) -> Tensor:

@@ -208,6 +208,11 @@ class BTW(nn.Module):
             raise ValueError(f"BTW: index must be from 0 to num_samples - 1 = {self.num_samples - 1}")
         return index
 
+    def _of_all_ranks(self, index, each_NMK, fused_NK, target_NK, present_NM, *heads) -> list[Tensor | None]:
+        if present_NM is None and ranks(self.process_group) > 1:  # another rank may have a mask
+            present_NM = torch.ones(each_NMK.shape[:2], dtype=torch.bool)
+        return gather_rows(self.process_group, index, each_NMK, fused_NK, target_NK, present_NM, *heads)
+
     def _is_known(self, predictions: Tensor) -> Tensor:
         """Of predictions [..., K] whether they are numbers. A logit of -inf is one, of a probability of 0; not of every
         class."""
@@ -333,13 +338,10 @@ class BTW(nn.Module):
             raise ValueError("BTW: target is for task='regression' with sigma='residual' alone")
         target = self._target(target, whole) if residual else None
         heads = self._sigma_heads(log_sigma, fused_log_sigma, fused)
-        due = self.due
-        if not due:
+        if not self.due:
             self.updates += 1
             return False
-        if present is None and ranks(self.process_group) > 1:  # another rank may have a mask
-            present = torch.ones(N, len(self.modalities), dtype=torch.bool)
-        rows = gather_rows(self.process_group, index, each, whole, target, present, *heads)
+        rows = self._of_all_ranks(index, each, whole, target, present, *heads)
         index, each, whole, target, present, *heads = self._known(rows)
         kl = self._divergence(each, whole, target, *heads)
         mutual_info = self._mutual_info(each, whole, present)
@@ -375,9 +377,7 @@ class BTW(nn.Module):
         each, whole = self._predictions(unimodal, fused)
         index, present = self._index(index, whole.shape[0]), self._present(present, whole.shape[0])
         target = self._target(target, whole)
-        if present is None and ranks(self.process_group) > 1:
-            present = torch.ones(each.shape[:2], dtype=torch.bool)
-        index, each, whole, target, present = gather_rows(self.process_group, index, each, whole, target, present)
+        index, each, whole, target, present = self._of_all_ranks(index, each, whole, target, present)
         squares = torch.cat([each, whole.unsqueeze(1)], 1).double().sub(target.unsqueeze(1)).square().mean(2)
         counted = squares.isfinite()
         if present is not None:

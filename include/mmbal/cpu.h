@@ -24,9 +24,13 @@ enum {
 /* The features found, a sum of MMBAL_CPU_*. */
 unsigned mmbal_cpu_features(void);
 
+/* 1 where a dot product of bfloat16 pairs takes as long as four float32 multiply-adds of the same width, so that
+ * bfloat16 is multiplied faster as float32: Intel's processors, 87 against 175 GFLOP/s a core (tests/bench/peak.c). */
+int mmbal_bfloat16_pairs_are_slow(void);
+
 /* The best instruction set that the processor has, this build has kernels for, and the environment variable
- * MMBAL_ISA=portable|avx2|avx512|avx512_bf16|amx allows. An unknown value of it counts as absent: see
- * mmbal_isa_from_name. */
+ * MMBAL_ISA=portable|avx2|avx512|avx512_bf16|amx allows. avx512_bf16 must be asked for where its products are slow. An
+ * unknown value of the variable counts as absent: see mmbal_isa_from_name. */
 mmbal_isa mmbal_isa_in_use(void);
 
 const char *mmbal_isa_name(mmbal_isa isa);

@@ -10,6 +10,9 @@
  * out within 5 %. */
 enum { BLOCK_ROWS = 560, BLOCK_COLS = 192, DEPTH_BYTES = 1024 };
 
+/* Blocks of at most this many rows go panel by panel. */
+enum { FEW_ROWS = 128 };
+
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -80,14 +80,26 @@ unsigned mmbal_cpu_features(void) {
     return (unsigned)read_once(&features, find_features);
 }
 
+int mmbal_bfloat16_pairs_are_slow(void) {
+#ifdef MMBAL_X86
+    unsigned eax, ebx, ecx, edx;
+    /* CPUID leaf 0: the vendor's name in EBX, EDX, ECX */
+    return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_INTEL_ebx && edx == signature_INTEL_edx &&
+           ecx == signature_INTEL_ecx;
+#else
+    return 0;
+#endif
+}
+
 static int choose_isa(void) {
-    mmbal_isa cap = MMBAL_ISA_AMX, best = MMBAL_ISA_PORTABLE, asked;
+    mmbal_isa cap = MMBAL_ISA_AMX, best = MMBAL_ISA_PORTABLE, asked = cap;
     const char *wanted = getenv("MMBAL_ISA");
     if (wanted && mmbal_isa_from_name(wanted, &asked) && asked < cap) cap = asked;
     const unsigned features = mmbal_cpu_features();
     if (features & MMBAL_CPU_AVX2_FMA) best = MMBAL_ISA_AVX2;
     if (features & MMBAL_CPU_AVX512) best = MMBAL_ISA_AVX512;
-    if (features & MMBAL_CPU_AVX512_BF16) best = MMBAL_ISA_AVX512_BF16;
+    if (features & MMBAL_CPU_AVX512_BF16 && (asked == MMBAL_ISA_AVX512_BF16 || !mmbal_bfloat16_pairs_are_slow()))
+        best = MMBAL_ISA_AVX512_BF16;
     if (features & MMBAL_CPU_AMX_BF16) best = MMBAL_ISA_AMX;
     if (best > cap) best = cap;
     while (!mmbal_kernels_of(best)) best--; /* a build without the compiler's support for an instruction set */

@@ -92,25 +92,24 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
     const NAME(product)
         product = {.a = {c->g, NAME(row_stride)(c->D), c->first_row}, .depth = c->D, .cols = c->F, .weights = c->w2};
     const int64_t stride = NAME(row_stride)(c->F);
-    REAL value[BLOCK_COLS], slope[BLOCK_COLS];
+    REAL x[BLOCK_COLS], value[BLOCK_COLS], du[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         REAL *h = s->c;
         for (int64_t r = at.row; r < at.row + at.rows; r++, h += BLOCK_COLS) {
             const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
             const STORED *u = c->preactivation + r * c->F + at.col;
-            const REAL weight = c->weights[pair];
             if (r + FETCH_AHEAD < at.row + at.rows) {
                 fetch_span(u + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
                 fetch_span(c->dhidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
                 if (c->dw2) fetch_span(c->hidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
             }
-            NAME(widen)(c->kernels, at.cols, u, value);
-            c->kernels->OF_REAL(activate)(c->activation, at.cols, value, value, slope);
+            NAME(widen)(c->kernels, at.cols, u, x);
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, h);
-            if (c->dweights) c->dot_parts[r * NAME(parts)(c) + 1 + at.col / BLOCK_COLS] = NAME(dot)(at.cols, h, value);
-            for (int64_t f = 0; f < at.cols; f++) slope[f] *= weight * h[f];
-            NAME(to_operands)(c->kernels, at.cols, slope, c->dhidden + place);
+            REAL dot;
+            c->kernels->OF_REAL(gradient_row)(c->activation, at.cols, x, h, c->weights[pair], value, du, &dot);
+            if (c->dweights) c->dot_parts[r * NAME(parts)(c) + 1 + at.col / BLOCK_COLS] = dot;
+            NAME(to_operands)(c->kernels, at.cols, du, c->dhidden + place);
             if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden + place - at.col, c->F);
             if (!c->dw2) continue;
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, value);
@@ -178,6 +177,15 @@ static void NAME(store_rows)(const mmbal_kernels *kernels, const REAL *from, int
     }
 }
 
+#if STORED_IS_REAL
+/* Whether the tiles of a block are whole, and begin and end on cache lines in the gradient. */
+static int NAME(on_lines)(const NAME(call) * c, const NAME(weight_gradient) * w, block at) {
+    const int64_t size = (int64_t)sizeof(STORED), tile_cols = c->kernels->OF_OPERAND(tile_cols);
+    return at.cols % tile_cols == 0 && tile_cols * size % CACHE_LINE == 0 && w->cols * size % CACHE_LINE == 0 &&
+           (uintptr_t)w->dw % CACHE_LINE == 0;
+}
+#endif
+
 static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_gradient) * w, int64_t index,
                                         NAME(scratch) * s) {
     const block at = find_expert_block(w->rows, w->cols, index);
@@ -196,9 +204,18 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
         const int first_step = from == begin, last_step = next == end;
         NAME(pack_rows)(c->kernels, &w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), s->b);
         const NAME(panels) right = NAME(packed_panels)(c->kernels, s->b, packed_depth);
-        fetch ahead = make_fetch(NAME(row_of)(&w->right, next) + at.col, w->right.stride * (int64_t)sizeof(OPERAND),
-                                 least(NAME(DEPTH), end - next), at.cols * (int64_t)sizeof(OPERAND));
-        set_pace(&ahead, NAME(tile_steps)(c->kernels, at.rows, at.cols, packed_depth));
+        fetches ahead = {.later = make_fetch(NAME(row_of)(&w->right, next) + at.col,
+                                             w->right.stride * (int64_t)sizeof(OPERAND), least(NAME(DEPTH), end - next),
+                                             at.cols * (int64_t)sizeof(OPERAND))};
+        set_pace(&ahead.later, NAME(tile_steps)(c->kernels, at.rows, at.cols, packed_depth));
+#if STORED_IS_REAL
+        if (first_step && last_step && NAME(on_lines)(c, w, at)) {
+            NAME(multiply_panels)(c->kernels, at.rows, at.cols, packed_depth, left, stride, at.rows, right,
+                                  w->dw + first * w->cols + at.col, w->cols, c->past_caches ? TILE_STREAM : TILE_SET,
+                                  &ahead);
+            break;
+        }
+#endif
         /* The last step goes by strips, stored while they are in the first-level cache; if it is the only one, all
          * strips have the same memory. */
         const int64_t strip = last_step ? c->tile_rows : at.rows;
@@ -206,7 +223,7 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
             const int64_t rows = least(strip, at.rows - i);
             REAL *sums = s->c + (first_step && last_step ? 0 : i * BLOCK_COLS);
             NAME(multiply_panels)(c->kernels, rows, at.cols, packed_depth, left + i * stride + from - begin, stride,
-                                  at.rows - i, right, sums, !first_step, &ahead);
+                                  at.rows - i, right, sums, BLOCK_COLS, first_step ? TILE_SET : TILE_ADD, &ahead);
             if (last_step)
                 NAME(store_rows)(c->kernels, sums, rows, at.cols, w->dw + (first + i) * w->cols + at.col, w->cols,
                                  c->past_caches);

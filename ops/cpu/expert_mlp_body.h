@@ -131,18 +131,19 @@ static NAME(weights) NAME(weights_of)(const NAME(call) * c, const NAME(product) 
     return w;
 }
 
+static NAME(reading) NAME(read_block)(const NAME(call) * c, const NAME(product) * p, int64_t index) {
+    const block at = NAME(row_block)(c, p->cols, index);
+    return NAME(read_weights)(c->kernels, NAME(weights_of)(c, p, at.expert), at, p->depth);
+}
+
 /* Multiplies block `index` of those before `end` into s->c. */
 static block NAME(multiply_block)(const NAME(call) * c, const NAME(product) * p, int64_t index, int64_t end,
                                   NAME(scratch) * s) {
-    const block at = NAME(row_block)(c, p->cols, index);
-    fetch after = {0};
-    if (index + 1 < end) {
-        const block next = NAME(row_block)(c, p->cols, index + 1);
-        const NAME(weights) w = NAME(weights_of)(c, p, next.expert);
-        after = NAME(fetch_step)(c->kernels, &w, next, 0, p->depth);
-    }
-    NAME(multiply)(c->kernels, p->a, NAME(weights_of)(c, p, at.expert), at, p->depth, after, s);
-    return at;
+    const NAME(reading) reading = NAME(read_block)(c, p, index);
+    NAME(reading) next = {.depth = 0};
+    if (index + 1 < end) next = NAME(read_block)(c, p, index + 1);
+    NAME(multiply)(c->kernels, p->a, &reading, index + 1 < end ? &next : NULL, s);
+    return reading.place;
 }
 
 static mmbal_status NAME(packed_bytes)(mmbal_expert_mlp_shape s, int64_t *bytes) {

@@ -45,7 +45,7 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
                 if (kept) fetch_span(kept + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
                 fetch_span(hidden + FETCH_AHEAD * stride + at.col, at.cols * (int64_t)sizeof(OPERAND));
             }
-            for (int64_t f = 0; f < at.cols; f++) u[f] += bias[f];
+            if (c->b1) c->kernels->OF_REAL(add)(at.cols, bias, u);
             NAME(round_row)(c->kernels, at.cols, u, kept);
             c->kernels->OF_REAL(activate)(c->activation, at.cols, u, u, NULL);
             NAME(mask)(&c->hidden_dropout, c->permutation[r] * c->F + at.col, at.cols, u);

@@ -8,23 +8,35 @@
 #include "arena.h"
 #include "blocks.h"
 
-/* Rows that packing and epilogues have on the way from memory. */
-enum { FETCH_AHEAD = 8 };
+enum {
+    FETCH_AHEAD = 8, /* rows that packing and epilogues have on the way from memory */
+    FETCH_STEPS = 4  /* of its depth that a tile takes between two fetches */
+};
 
 typedef struct fetch {
-    const char *first;
-    int64_t stride, rows, lines; /* bytes between rows, rows, cache lines of a row */
-    int64_t row, line;           /* the next one */
-    int64_t pace;                /* lines for each of the steps that they are spread over */
+    const char *line;          /* the next one */
+    int64_t lines, left, rows; /* cache lines of a row, those left of this one, rows left */
+    int64_t gap;               /* bytes from behind the last line of a row to the next row */
+    int64_t pace;              /* lines for each FETCH_STEPS of the steps that they are spread over */
 } fetch;
 
+/* What a tile fetches on the way: soon into the first-level cache, later into the second. */
+typedef struct fetches {
+    fetch soon, later;
+} fetches;
+
 static inline fetch make_fetch(const void *first, int64_t stride, int64_t rows, int64_t width) {
-    const fetch made = {(const char *)first, stride, rows, ceil_div(width, CACHE_LINE), 0, 0, 0};
+    const int64_t lines = ceil_div(width, CACHE_LINE);
+    const fetch made = {(const char *)first, lines, lines, lines > 0 ? rows : 0, stride - lines * CACHE_LINE, 0};
     return made;
 }
 
-/* Spreads all lines over so many steps. */
-static inline void set_pace(fetch *f, int64_t steps) { f->pace = steps ? ceil_div(f->rows * f->lines, steps) : 0; }
+static inline int64_t lines_left(const fetch *f) { return f->rows > 0 ? (f->rows - 1) * f->lines + f->left : 0; }
+
+/* Spreads the lines that are left over so many steps. */
+static inline void set_pace(fetch *f, int64_t steps) {
+    f->pace = steps > 0 ? ceil_div(FETCH_STEPS * lines_left(f), steps) : 0;
+}
 
 /* Part of a row that is soon read or written, into the first-level cache. */
 static inline void fetch_span(const void *first, int64_t bytes) {
@@ -32,19 +44,26 @@ static inline void fetch_span(const void *first, int64_t bytes) {
 }
 
 static inline const char *next_line(fetch *f) {
-    const char *line = f->first + f->row * f->stride + f->line * CACHE_LINE;
-    if (++f->line == f->lines) f->line = 0, f->row++;
+    const char *line = f->line;
+    f->line += CACHE_LINE;
+    if (--f->left == 0) f->left = f->lines, f->rows--, f->line += f->gap;
     return line;
 }
 
 /* The next `count` lines into the second-level cache: what another step of the depth reads. */
 static inline void fetch_lines(fetch *f, int64_t count) {
-    for (; count > 0 && f->row < f->rows; count--) __builtin_prefetch(next_line(f), 0, 2);
+    for (; count > 0 && f->rows > 0; count--) __builtin_prefetch(next_line(f), 0, 2);
 }
 
 /* The same into the first-level cache: what is read at once. */
 static inline void fetch_lines_now(fetch *f, int64_t count) {
-    for (; count > 0 && f->row < f->rows; count--) __builtin_prefetch(next_line(f), 0, 3);
+    for (; count > 0 && f->rows > 0; count--) __builtin_prefetch(next_line(f), 0, 3);
+}
+
+/* What a tile does before each FETCH_STEPS of its depth. */
+static inline void fetch_next(fetches *f) {
+    fetch_lines_now(&f->soon, f->soon.pace);
+    fetch_lines(&f->later, f->later.pace);
 }
 
 #endif

@@ -52,32 +52,32 @@ static NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPER
     return made;
 }
 
-/* c[i, j] (+)= sum over the depth of a(i, d) b(d, j), rows x cols; a's rows outermost, so that a tile's rows stay in
- * the first-level cache while the panels of b pass by. a_rows: rows of a that there are, rows or more. The rows of the
- * next tiles are fetched meanwhile, and what is read next. */
+/* c[i, j] = sum over the depth of a(i, d) b(d, j), rows x cols. The rows of a tile stay in the first-level cache while
+ * all panels of b pass by; those of the next tile are fetched meanwhile. a_rows: rows of a that there are, rows or
+ * more.
+ */
 static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
-                                  const OPERAND *a, int64_t a_stride, int64_t a_rows, NAME(panels) b, REAL *c, int add,
-                                  fetch *next) {
+                                  const OPERAND *a, int64_t a_stride, int64_t a_rows, NAME(panels) b, REAL *c,
+                                  int64_t c_stride, tile_result result, fetches *ahead) {
     const int tile_rows = kernels->OF_OPERAND(tile_rows), tile_cols = kernels->OF_OPERAND(tile_cols);
     for (int64_t i = 0; i < rows; i += tile_rows) {
         const int64_t rows_below = least(tile_rows, a_rows - i - tile_rows);
-        fetch below = make_fetch(a + (i + tile_rows) * a_stride, a_stride * (int64_t)sizeof(OPERAND),
+        ahead->soon = make_fetch(a + (i + tile_rows) * a_stride, a_stride * (int64_t)sizeof(OPERAND),
                                  rows_below > 0 ? rows_below : 0, depth * (int64_t)sizeof(OPERAND));
-        set_pace(&below, ceil_div(cols, tile_cols));
-        for (int64_t j = 0; j < cols; j += tile_cols) {
-            fetch_lines_now(&below, below.pace);
+        set_pace(&ahead->soon, ceil_div(cols, tile_cols) * (depth / NAME(GROUP)));
+        for (int64_t j = 0; j < cols; j += tile_cols)
             b.tile((int)least(tile_rows, rows - i), depth, a + i * a_stride, a_stride, b.data + j / tile_cols * b.panel,
-                   b.stride, c + i * BLOCK_COLS + j, BLOCK_COLS, add, next);
-        }
+                   b.stride, c + i * c_stride + j, c_stride, result, ahead);
     }
 }
 
-/* What a block reads of B for the depths from .. from + depth, unless it is packed. */
-static fetch NAME(fetch_weights)(const NAME(weights) * b, block place, int64_t from, int64_t depth) {
-    if (b->packed || depth == 0) return make_fetch(NULL, 0, 0, 0);
-    const int64_t rows = b->transposed ? place.cols : depth, width = b->transposed ? depth : place.cols;
-    const STORED *first = b->data + (b->transposed ? place.col * b->stride + from : from * b->stride + place.col);
-    return make_fetch(first, b->stride * (int64_t)sizeof(STORED), rows, width * (int64_t)sizeof(STORED));
+/* The same for one panel, which stays in the first-level cache while all rows pass by. */
+static void NAME(multiply_rows)(const mmbal_kernels *kernels, int64_t rows, int64_t depth, const OPERAND *a,
+                                int64_t a_stride, NAME(panels) b, REAL *c, tile_result result, fetches *ahead) {
+    const int64_t height = ceil_div(rows, ceil_div(rows, kernels->OF_OPERAND(tile_rows)));
+    for (int64_t i = 0; i < rows; i += height)
+        b.tile((int)least(height, rows - i), depth, a + i * a_stride, a_stride, b.data, b.stride, c + i * BLOCK_COLS,
+               BLOCK_COLS, result, ahead);
 }
 
 /* Elements of the panels of `cols` columns. */
@@ -105,56 +105,94 @@ static int64_t NAME(tile_steps)(const mmbal_kernels *kernels, int64_t rows, int6
            (depth / NAME(GROUP));
 }
 
-/* A step of the depth is short then: what it reads stays in the second-level cache even where the rows of the weights
- * are 16 KiB apart and so share few of its sets. */
-static int NAME(reads_in_place)(const mmbal_kernels *kernels, const NAME(weights) * b, block place, int64_t depth) {
-    return OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 && !b->packed &&
-           !b->transposed && place.rows <= NAME(ROWS_IN_PLACE);
+/* A factor as a block reads it: its columns, by steps of the depth. */
+typedef struct {
+    NAME(weights) b;
+    block place;
+    int64_t depth;
+    int few, in_place; /* few rows: panel by panel; in_place: whole panels are read where they lie */
+    int64_t step;
+} NAME(reading);
+
+/* A step of the depth is short where weights are read in place: what it reads stays in the caches even where the rows
+ * of the weights are 16 KiB apart and so share few of their sets. */
+static NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weights) b, block place, int64_t depth) {
+    const int in_place = OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 &&
+                         !b.packed && !b.transposed && place.rows <= NAME(ROWS_IN_PLACE);
+    const NAME(reading)
+        made = {b, place, depth, place.rows <= FEW_ROWS, in_place, in_place ? NAME(DEPTH_IN_PLACE) : NAME(DEPTH)};
+    return made;
 }
 
-static int64_t NAME(depth_step)(const mmbal_kernels *kernels, const NAME(weights) * b, block place, int64_t depth) {
-    return NAME(reads_in_place)(kernels, b, place, depth) ? NAME(DEPTH_IN_PLACE) : NAME(DEPTH);
+/* The panels of the step that begins at `from`, where all of an expert's lie packed. */
+static const OPERAND *NAME(packed_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
+    return r->b.packed + NAME(panel_elements)(kernels, r->place.col, r->depth) +
+           NAME(panel_elements)(kernels, r->place.cols, from);
 }
 
-/* What a block reads in the step of its depth that begins at `from`. */
-static fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(weights) * b, block place, int64_t from,
-                              int64_t depth) {
-    return NAME(fetch_weights)(b, place, from, least(NAME(depth_step)(kernels, b, place, depth), depth - from));
-}
-
-/* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. after: what this worker reads
- * next. */
-static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, NAME(weights) b, block place, int64_t depth,
-                           fetch after, NAME(scratch) * s) {
-    const int tile_cols = kernels->OF_OPERAND(tile_cols);
-    /* columns that are read in place: whole tiles, as one that is not would read beyond them */
-    const int64_t direct = NAME(reads_in_place)(kernels, &b, place, depth) ? place.cols / tile_cols * tile_cols : 0;
-    const int64_t others = place.cols - direct, step = NAME(depth_step)(kernels, &b, place, depth);
-    if (direct) { /* at the first block of a task nothing is on the way yet */
-        fetch first = NAME(fetch_step)(kernels, &b, place, 0, depth);
-        fetch_lines(&first, first.rows * first.lines);
+/* What a block reads of memory in the step of its depth that begins at `from`. */
+static fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
+    const int64_t deep = least(r->step, r->depth - from), size = (int64_t)sizeof(STORED);
+    if (r->b.packed) {
+        const int64_t bytes = NAME(panel_elements)(kernels, r->place.cols, deep) * (int64_t)sizeof(OPERAND);
+        return make_fetch(NAME(packed_step)(kernels, r, from), bytes, 1, bytes);
     }
-    for (int64_t from = 0; from < depth; from += step) {
-        const int64_t deep = least(step, depth - from), next = from + deep, packed_depth = NAME(packed_depth)(deep);
-        const OPERAND *rows = NAME(row_of)(&a, place.row) + from;
-        fetch ahead = next < depth ? NAME(fetch_step)(kernels, &b, place, next, depth) : after;
-        set_pace(&ahead, NAME(tile_steps)(kernels, place.rows, place.cols, packed_depth));
+    if (r->b.transposed)
+        return make_fetch(r->b.data + r->place.col * r->b.stride + from, r->b.stride * size, r->place.cols,
+                          deep * size);
+    return make_fetch(r->b.data + from * r->b.stride + r->place.col, r->b.stride * size, deep, r->place.cols * size);
+}
+
+/* With few rows every panel is read once, when its turn comes: in place, packed before, or packed now. */
+static void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
+                               const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
+                               NAME(scratch) * s) {
+    const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), packed_depth = NAME(packed_depth)(deep);
+    for (int64_t j = 0; j < r->place.cols; j += tile_cols) {
+        const int64_t cols = least(tile_cols, r->place.cols - j);
+        NAME(panels) panel = NAME(packed_panels)(kernels, s->b, packed_depth);
+        if (r->b.packed) {
+            panel.data = NAME(packed_step)(kernels, r, from) + j * packed_depth;
 #if OPERAND_IS_STORED
-        if (direct) {
-            const NAME(panels) in_place = {kernels->OF_OPERAND(tile_in_place), b.data + from * b.stride + place.col,
-                                           b.stride, tile_cols};
-            NAME(multiply_panels)(kernels, place.rows, direct, deep, rows, a.stride, place.rows, in_place, s->c,
-                                  from > 0, &ahead);
-        }
+        } else if (r->in_place && cols == tile_cols) {
+            panel.tile = kernels->OF_OPERAND(tile_in_place);
+            panel.data = r->b.data + from * r->b.stride + r->place.col + j, panel.stride = r->b.stride;
 #endif
-        if (others == 0) continue;
-        const OPERAND *packed = s->b;
-        if (b.packed)
-            packed = b.packed + NAME(panel_elements)(kernels, place.col, depth) +
-                     NAME(panel_elements)(kernels, place.cols, from);
-        else
-            NAME(pack_weights)(kernels, &b, from, deep, place.col + direct, others, tile_cols, s->b);
-        NAME(multiply_panels)(kernels, place.rows, others, packed_depth, rows, a.stride, place.rows,
-                              NAME(packed_panels)(kernels, packed, packed_depth), s->c + direct, from > 0, &ahead);
+        } else {
+            NAME(pack_weights)(kernels, &r->b, from, deep, r->place.col + j, cols, (int)tile_cols, s->b);
+        }
+        NAME(multiply_rows)(kernels, r->place.rows, packed_depth, a, a_stride, panel, s->c + j, result, ahead);
+    }
+}
+
+/* With many rows the panels of a step stay in the second-level cache. */
+static void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
+                                const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
+                                NAME(scratch) * s) {
+    const int64_t packed_depth = NAME(packed_depth)(deep), cols = r->place.cols;
+    const OPERAND *packed = s->b;
+    if (r->b.packed)
+        packed = NAME(packed_step)(kernels, r, from);
+    else
+        NAME(pack_weights)(kernels, &r->b, from, deep, r->place.col, cols, kernels->OF_OPERAND(tile_cols), s->b);
+    NAME(multiply_panels)(kernels, r->place.rows, cols, packed_depth, a, a_stride, r->place.rows,
+                          NAME(packed_panels)(kernels, packed, packed_depth), s->c, BLOCK_COLS, result, ahead);
+}
+
+/* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. next: what this worker reads
+ * after it, or NULL. */
+static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, const NAME(reading) * r,
+                           const NAME(reading) * next, NAME(scratch) * s) {
+    for (int64_t from = 0; from < r->depth; from += r->step) {
+        const int64_t deep = least(r->step, r->depth - from);
+        const OPERAND *rows = NAME(row_of)(&a, r->place.row) + from;
+        fetches ahead = {.later = {.pace = 0}};
+        if (from + deep < r->depth)
+            ahead.later = NAME(fetch_step)(kernels, r, from + deep);
+        else if (next)
+            ahead.later = NAME(fetch_step)(kernels, next, 0);
+        set_pace(&ahead.later, NAME(tile_steps)(kernels, r->place.rows, r->place.cols, NAME(packed_depth)(deep)));
+        (r->few ? NAME(multiply_few) : NAME(multiply_many))(kernels, r, from, deep, rows, a.stride, from > 0, &ahead,
+                                                            s);
     }
 }

@@ -12,19 +12,24 @@
 #include "fetch.h"
 #include "mmbal/expert_mlp.h"
 
+/* What becomes of the sums of a tile: they take the place of what c holds, are added to it, or take its place around
+ * the caches (stream.h; c and its rows begin on cache lines). Tiles of bfloat16 have the first two. */
+typedef enum tile_result { TILE_SET, TILE_ADD, TILE_STREAM } tile_result;
+
 /* One tile of a product, 1 <= rows <= tile_rows, 0 <= j < tile_cols:
- *     c[i, j] = sum_d a[i, d] b[d, j], added to what c holds where add is not 0
+ *     c[i, j] = sum_d a[i, d] b[d, j]
  *   a: row i starts at a + i a_stride and is contiguous in d; b: row d starts at b + d b_stride, tile_cols elements;
- *   c: row i starts at c + i c_stride. Alignment: that of the type. At each d, ahead->pace lines of ahead are fetched.
+ *   c: row i starts at c + i c_stride. Alignment: that of the type. Every FETCH_STEPS of d, some lines of ahead are
+ *   fetched.
  * The sum runs in the order of d, so equal rows and columns give equal bits wherever they lie. */
 typedef void mmbal_tile_f32(int rows, int64_t depth, const float *a, int64_t a_stride, const float *b, int64_t b_stride,
-                            float *c, int64_t c_stride, int add, fetch *ahead);
+                            float *c, int64_t c_stride, tile_result result, fetches *ahead);
 typedef void mmbal_tile_f64(int rows, int64_t depth, const double *a, int64_t a_stride, const double *b,
-                            int64_t b_stride, double *c, int64_t c_stride, int add, fetch *ahead);
+                            int64_t b_stride, double *c, int64_t c_stride, tile_result result, fetches *ahead);
 /* The same with pairs of bfloat16: depth is even, row d / 2 of b is [tile_cols, 2] and starts at b + d / 2 b_stride.
  * Sums are float32; how a pair is added and rounded is the instruction's. */
 typedef void mmbal_tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b,
-                             int64_t b_stride, float *c, int64_t c_stride, int add, fetch *ahead);
+                             int64_t b_stride, float *c, int64_t c_stride, tile_result result, fetches *ahead);
 
 /* to[j, i] = from[i, j], 0 <= i < rows, 0 <= j < cols, of elements of 32 or 64 bits at any address that is even.
  * Strides are in elements; from and to do not overlap. */
@@ -36,6 +41,20 @@ typedef void mmbal_transpose(const void *from, int64_t from_stride, int64_t rows
  * tests/core/test_kernels.cc). At -inf the sigmoid and Gauss activations give NaN, as torch does. */
 typedef void mmbal_activate_f32(mmbal_activation activation, int64_t n, const float *u, float *value, float *slope);
 typedef void mmbal_activate_f64(mmbal_activation activation, int64_t n, const double *u, double *value, double *slope);
+
+/* One row of the gradient of the activation: value = activation(u), du = weight h activation'(u), *dot = <h, value>.
+ * Nothing overlaps. The sums of this and of mmbal_sum run in an order that depends on n alone. */
+typedef void mmbal_gradient_row_f32(mmbal_activation activation, int64_t n, const float *u, const float *h,
+                                    float weight, float *value, float *du, float *dot);
+typedef void mmbal_gradient_row_f64(mmbal_activation activation, int64_t n, const double *u, const double *h,
+                                    double weight, double *value, double *du, double *dot);
+
+/* sum[i] += addend[i] */
+typedef void mmbal_add_f32(int64_t n, const float *addend, float *sum);
+typedef void mmbal_add_f64(int64_t n, const double *addend, double *sum);
+
+typedef float mmbal_sum_f32(int64_t n, const float *a);
+typedef double mmbal_sum_f64(int64_t n, const double *a);
 
 /* n numbers from one storage type to another, by bfloat16.h and float16.h; from and to do not overlap. */
 typedef void mmbal_widen(int64_t n, const uint16_t *from, float *to);
@@ -60,6 +79,12 @@ typedef struct mmbal_kernels {
     mmbal_transpose *transpose_32, *transpose_64;
     mmbal_activate_f32 *activate_f32;
     mmbal_activate_f64 *activate_f64;
+    mmbal_gradient_row_f32 *gradient_row_f32;
+    mmbal_gradient_row_f64 *gradient_row_f64;
+    mmbal_add_f32 *add_f32;
+    mmbal_add_f64 *add_f64;
+    mmbal_sum_f32 *sum_f32;
+    mmbal_sum_f64 *sum_f64;
     mmbal_widen *widen_bf16, *widen_f16;
     mmbal_narrow *narrow_bf16, *narrow_f16;
     mmbal_stream *stream;

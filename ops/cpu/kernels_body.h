@@ -78,11 +78,16 @@ static inline double gauss_f64(double x, double exp_of_half_square) {
     switch (rows) { UP_TO_14; }
 #endif
 
+#ifdef __AVX512F__
+#include "sigmoid_avx512.h"
+#define SIGMOIDS_ARE_THERE
+#endif
 #define REAL float
 #define NAME(f) f##_f32
 #include "kernels_real.h"
 #undef REAL
 #undef NAME
+#undef SIGMOIDS_ARE_THERE
 
 #define REAL double
 #define NAME(f) f##_f64
@@ -135,6 +140,12 @@ const mmbal_kernels KERNELS = {.tile_rows_f32 = TILE_ROWS,
                                .transpose_64 = transpose_64,
                                .activate_f32 = activate_f32,
                                .activate_f64 = activate_f64,
+                               .gradient_row_f32 = gradient_row_f32,
+                               .gradient_row_f64 = gradient_row_f64,
+                               .add_f32 = add_f32,
+                               .add_f64 = add_f64,
+                               .sum_f32 = sum_f32,
+                               .sum_f64 = sum_f64,
                                .widen_bf16 = widen_bf16,
                                .widen_f16 = widen_f16,
                                .narrow_bf16 = narrow_bf16,

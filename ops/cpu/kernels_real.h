@@ -7,56 +7,87 @@ typedef NAME(vector) NAME(unaligned_vector) __attribute__((aligned(sizeof(REAL))
 static inline NAME(vector) NAME(load)(const REAL *from) { return *(const NAME(unaligned_vector) *)from; }
 static inline void NAME(store)(REAL *to, NAME(vector) v) { *(NAME(unaligned_vector) *)to = v; }
 
+/* Around the caches; to is aligned to the vector. */
+static inline void NAME(stream_vector)(REAL *to, NAME(vector) v) {
+#if VECTOR_BYTES == 64
+    _mm512_stream_si512((void *)to, (__m512i)v);
+#elif VECTOR_BYTES == 32
+    _mm256_stream_si256((void *)to, (__m256i)v);
+#else
+    NAME(store)(to, v);
+#endif
+}
+
 /* The tile for a number of rows that the compiler knows, so that the sums stay in registers. Rows of a are addressed
  * in threes from every third row's pointer: one pointer a row would not fit the integer registers. */
 static inline __attribute__((always_inline)) void NAME(tile_of)(const int rows, int64_t depth, const REAL *a,
                                                                 int64_t a_stride, const REAL *b, int64_t b_stride,
-                                                                REAL *c, int64_t c_stride, int add, fetch *ahead) {
+                                                                REAL *c, int64_t c_stride, tile_result result,
+                                                                fetches *ahead) {
     NAME(vector) sum[TILE_ROWS][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
-        sum[i][0] = add ? NAME(load)(c + i * c_stride) : (NAME(vector)){0};
-        sum[i][1] = add ? NAME(load)(c + i * c_stride + NAME(LANES)) : (NAME(vector)){0};
+        sum[i][0] = result == TILE_ADD ? NAME(load)(c + i * c_stride) : (NAME(vector)){0};
+        sum[i][1] = result == TILE_ADD ? NAME(load)(c + i * c_stride + NAME(LANES)) : (NAME(vector)){0};
     }
     const REAL *third[(TILE_ROWS + 2) / 3];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i += 3) third[i / 3] = a + i * a_stride;
-    fetch next = *ahead; /* a copy: nothing that is stored may change it */
-    for (int64_t d = 0; d < depth; d++, b += b_stride) {
-        fetch_lines(&next, next.pace);
-        const NAME(vector) b0 = NAME(load)(b), b1 = NAME(load)(b + NAME(LANES));
+    for (int64_t d = 0; d < depth;) {
+        fetch_next(ahead);
+        const int64_t pause = least(d + FETCH_STEPS, depth);
+        for (; d < pause; d++, b += b_stride) {
+            const NAME(vector) b0 = NAME(load)(b), b1 = NAME(load)(b + NAME(LANES));
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++) {
+                const REAL element = third[i / 3][i % 3 * a_stride + d];
+                sum[i][0] += element * b0;
+                sum[i][1] += element * b1;
+            }
+        }
+    }
+    if (result == TILE_STREAM) {
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
-            const REAL element = third[i / 3][i % 3 * a_stride + d];
-            sum[i][0] += element * b0;
-            sum[i][1] += element * b1;
+            NAME(stream_vector)(c + i * c_stride, sum[i][0]);
+            NAME(stream_vector)(c + i * c_stride + NAME(LANES), sum[i][1]);
         }
+        return;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
         NAME(store)(c + i * c_stride, sum[i][0]);
         NAME(store)(c + i * c_stride + NAME(LANES), sum[i][1]);
     }
-    *ahead = next;
 }
 
 static void NAME(tile)(int rows, int64_t depth, const REAL *a, int64_t a_stride, const REAL *b, int64_t b_stride,
-                       REAL *c, int64_t c_stride, int add, fetch *ahead) {
+                       REAL *c, int64_t c_stride, tile_result result, fetches *ahead) {
 #define FOR_ROWS(n)                                                                                                    \
-    case n: NAME(tile_of)(n, depth, a, a_stride, b, b_stride, c, c_stride, add, ahead); return
+    case n: NAME(tile_of)(n, depth, a, a_stride, b, b_stride, c, c_stride, result, ahead); return
     SWITCH_ROWS
 #undef FOR_ROWS
 }
 
-static inline REAL NAME(sigmoid)(REAL z) { return 1 / (1 + NAME(exp)(-z)); }
-
 /* A few vectors of a row at a time, in arrays that overlap nothing, so that every loop over them becomes vectors. */
 enum { NAME(CHUNK) = 4 * NAME(LANES) };
+
+/* s[i] = 1 / (1 + exp(-z[i])) for a whole chunk */
+#ifndef SIGMOIDS_ARE_THERE
+static inline void NAME(sigmoids)(const REAL *restrict z, REAL *restrict s) {
+    for (int i = 0; i < NAME(CHUNK); i++) s[i] = 1 / (1 + NAME(exp)(-z[i]));
+}
+#endif
 
 /* value = x sigmoid(z(x)); slope = s + x s (1 - s) z'(x). Three of the activations have this form. */
 #define SIGMOID_GATE(z_of_x, slope_of_z)                                                                               \
     for (int i = 0; i < NAME(CHUNK); i++) {                                                                            \
-        const REAL x = u[i], s = NAME(sigmoid)((REAL)(z_of_x));                                                        \
+        const REAL x = u[i];                                                                                           \
+        z[i] = (REAL)(z_of_x);                                                                                         \
+    }                                                                                                                  \
+    NAME(sigmoids)(z, sigmoid);                                                                                        \
+    for (int i = 0; i < NAME(CHUNK); i++) {                                                                            \
+        const REAL x = u[i], s = sigmoid[i];                                                                           \
         value[i] = x * s;                                                                                              \
         slope[i] = s + x * s * (1 - s) * (REAL)(slope_of_z);                                                           \
     }                                                                                                                  \
@@ -66,6 +97,7 @@ enum { NAME(CHUNK) = 4 * NAME(LANES) };
 static inline void NAME(activate_chunk)(mmbal_activation activation, const REAL *restrict u, REAL *restrict value,
                                         REAL *restrict slope) {
     const REAL cubic = (REAL)TANH_GELU_CUBIC, twice = (REAL)(2 * SQRT_2_OVER_PI);
+    REAL z[NAME(CHUNK)], sigmoid[NAME(CHUNK)];
     switch (activation) {
     case MMBAL_QUICK_GELU: SIGMOID_GATE((REAL)QUICK_GELU_SLOPE * x, QUICK_GELU_SLOPE);
     case MMBAL_SILU: SIGMOID_GATE(x, 1);
@@ -100,6 +132,13 @@ static inline void NAME(activate_chunk)(mmbal_activation activation, const REAL 
 }
 #undef SIGMOID_GATE
 
+/* Sums run side by side: in one alone every addition waits for the one before it. */
+static inline REAL NAME(sum_of_chunk)(REAL *side) {
+    for (int width = NAME(CHUNK) / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; k++) side[k] += side[k + width];
+    return side[0];
+}
+
 static void NAME(activate)(mmbal_activation activation, int64_t n, const REAL *u, REAL *value, REAL *slope) {
     REAL x[NAME(CHUNK)] = {0}, v[NAME(CHUNK)], s[NAME(CHUNK)];
     for (int64_t i = 0; i < n; i += NAME(CHUNK)) {
@@ -109,4 +148,37 @@ static void NAME(activate)(mmbal_activation activation, int64_t n, const REAL *u
         memcpy(value + i, v, bytes);
         if (slope) memcpy(slope + i, s, bytes);
     }
+}
+
+static void NAME(gradient_row)(mmbal_activation activation, int64_t n, const REAL *u, const REAL *h, REAL weight,
+                               REAL *value, REAL *du, REAL *dot) {
+    REAL x[NAME(CHUNK)] = {0}, y[NAME(CHUNK)] = {0}, v[NAME(CHUNK)], slope[NAME(CHUNK)], side[NAME(CHUNK)] = {0};
+    for (int64_t i = 0; i < n; i += NAME(CHUNK)) {
+        const int64_t here = least(NAME(CHUNK), n - i);
+        const size_t bytes = sizeof(REAL) * (size_t)here;
+        if (here < NAME(CHUNK)) memset(x, 0, sizeof x), memset(y, 0, sizeof y); /* what is not there adds nothing */
+        memcpy(x, u + i, bytes);
+        memcpy(y, h + i, bytes);
+        NAME(activate_chunk)(activation, x, v, slope);
+        for (int k = 0; k < NAME(CHUNK); k++) {
+            side[k] += y[k] * v[k];
+            slope[k] *= weight * y[k];
+        }
+        memcpy(value + i, v, bytes);
+        memcpy(du + i, slope, bytes);
+    }
+    *dot = NAME(sum_of_chunk)(side);
+}
+
+static void NAME(add)(int64_t n, const REAL *restrict addend, REAL *restrict sum) {
+    for (int64_t i = 0; i < n; i++) sum[i] += addend[i];
+}
+
+static REAL NAME(sum)(int64_t n, const REAL *a) {
+    REAL side[NAME(CHUNK)] = {0};
+    int64_t i = 0;
+    for (; i + NAME(CHUNK) <= n; i += NAME(CHUNK))
+        for (int k = 0; k < NAME(CHUNK); k++) side[k] += a[i + k];
+    for (int k = 0; i < n; i++, k++) side[k] += a[i];
+    return NAME(sum_of_chunk)(side);
 }

@@ -86,14 +86,11 @@ static REAL NAME(dot)(int64_t n, const REAL *a, const REAL *b) {
 }
 
 static REAL NAME(sum)(const mmbal_kernels *kernels, int64_t n, const OPERAND *a) {
-    REAL side[NAME(SIDE_BY_SIDE)] = {0}, line[BLOCK_COLS];
+    REAL sum = 0, line[BLOCK_COLS];
     for (int64_t from = 0; from < n; from += BLOCK_COLS) {
         const int64_t here = least(BLOCK_COLS, n - from);
-        int64_t i = 0;
         NAME(from_operands)(kernels, here, a + from, line);
-        for (; i + NAME(SIDE_BY_SIDE) <= here; i += NAME(SIDE_BY_SIDE))
-            for (int64_t k = 0; k < NAME(SIDE_BY_SIDE); k++) side[k] += line[i + k];
-        for (int64_t k = 0; i < here; i++, k++) side[k] += line[i];
+        sum += kernels->OF_REAL(sum)(here, line);
     }
-    return NAME(sum_of)(side);
+    return sum;
 }

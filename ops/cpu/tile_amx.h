@@ -34,7 +34,7 @@ static inline void amx_configure(int upper, int lower, int64_t depth) {
 
 /* Adds depth columns, a multiple of AMX_DEPTH or at most that, to the sums in c. */
 static inline void amx_sum(int upper, int lower, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b,
-                           int64_t b_stride, float *c, int64_t c_stride, fetch *ahead) {
+                           int64_t b_stride, float *c, int64_t c_stride, fetches *ahead) {
     const int64_t step = least(depth, AMX_DEPTH), c_bytes = c_stride * (int64_t)sizeof *c;
     const int64_t a_bytes = a_stride * (int64_t)sizeof *a, b_bytes = b_stride * (int64_t)sizeof *b;
     float *below = c + AMX_ROWS * c_stride;
@@ -47,7 +47,7 @@ static inline void amx_sum(int upper, int lower, int64_t depth, const bfloat16 *
     }
     for (int64_t d = 0; d < depth; d += step) {
         const bfloat16 *panel = b + d / 2 * b_stride;
-        fetch_lines(ahead, step / 2 * ahead->pace);
+        for (int64_t done = 0; done < step / 2; done += FETCH_STEPS) fetch_next(ahead);
         _tile_loadd(6, panel, b_bytes);
         _tile_loadd(7, panel + 2 * AMX_ROWS, b_bytes);
         _tile_loadd(4, a + d, a_bytes);
@@ -69,10 +69,10 @@ static inline void amx_sum(int upper, int lower, int64_t depth, const bfloat16 *
 }
 
 static void tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b, int64_t b_stride,
-                      float *c, int64_t c_stride, int add, fetch *ahead) {
+                      float *c, int64_t c_stride, tile_result result, fetches *ahead) {
     const int upper = rows < AMX_ROWS ? rows : AMX_ROWS, lower = rows - upper;
     const int64_t whole = depth / AMX_DEPTH * AMX_DEPTH, rest = depth - whole;
-    if (!add)
+    if (result == TILE_SET)
         for (int i = 0; i < rows; i++) memset(c + i * c_stride, 0, TILE_COLS_BF16 * sizeof *c);
     if (whole) amx_sum(upper, lower, whole, a, a_stride, b, b_stride, c, c_stride, ahead);
     if (rest) amx_sum(upper, lower, rest, a + whole, a_stride, b + whole / 2 * b_stride, b_stride, c, c_stride, ahead);

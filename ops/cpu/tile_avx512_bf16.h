@@ -27,21 +27,20 @@ static inline two_sums by_halves(two_sums c) {
 /* in_place: row d of b is [32], and two rows are interleaved in registers. */
 static inline __attribute__((always_inline)) void tile_of_bf16(const int rows, const int in_place, int64_t depth,
                                                                const bfloat16 *a, int64_t a_stride, const bfloat16 *b,
-                                                               int64_t b_stride, float *c, int64_t c_stride, int add,
-                                                               fetch *ahead) {
+                                                               int64_t b_stride, float *c, int64_t c_stride,
+                                                               tile_result result, fetches *ahead) {
     two_sums sum[TILE_ROWS];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
-        sum[i].first = add ? _mm512_loadu_ps(c + i * c_stride) : _mm512_setzero_ps();
-        sum[i].second = add ? _mm512_loadu_ps(c + i * c_stride + 16) : _mm512_setzero_ps();
+        sum[i].first = result == TILE_ADD ? _mm512_loadu_ps(c + i * c_stride) : _mm512_setzero_ps();
+        sum[i].second = result == TILE_ADD ? _mm512_loadu_ps(c + i * c_stride + 16) : _mm512_setzero_ps();
         if (in_place) sum[i] = by_fours(sum[i]);
     }
     const bfloat16 *third[(TILE_ROWS + 2) / 3];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i += 3) third[i / 3] = a + i * a_stride;
-    fetch next = *ahead;
     for (int64_t d = 0; d < depth; d += 2, b += in_place ? 2 * b_stride : b_stride) {
-        fetch_lines(&next, next.pace);
+        if (d % (2 * FETCH_STEPS) == 0) fetch_next(ahead);
         const __m512i one = _mm512_loadu_si512(b), other = _mm512_loadu_si512(b + (in_place ? b_stride : 32));
         const __m512bh b0 = (__m512bh)(in_place ? _mm512_unpacklo_epi16(one, other) : one);
         const __m512bh b1 = (__m512bh)(in_place ? _mm512_unpackhi_epi16(one, other) : other);
@@ -60,20 +59,19 @@ static inline __attribute__((always_inline)) void tile_of_bf16(const int rows, c
         _mm512_storeu_ps(c + i * c_stride, sum[i].first);
         _mm512_storeu_ps(c + i * c_stride + 16, sum[i].second);
     }
-    *ahead = next;
 }
 
 #define FOR_ROWS(n)                                                                                                    \
-    case n: tile_of_bf16(n, IN_PLACE, depth, a, a_stride, b, b_stride, c, c_stride, add, ahead); return
+    case n: tile_of_bf16(n, IN_PLACE, depth, a, a_stride, b, b_stride, c, c_stride, result, ahead); return
 static void tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b, int64_t b_stride,
-                      float *c, int64_t c_stride, int add, fetch *ahead) {
+                      float *c, int64_t c_stride, tile_result result, fetches *ahead) {
 #define IN_PLACE 0
     SWITCH_ROWS
 #undef IN_PLACE
 }
 
 static void tile_in_place_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b,
-                               int64_t b_stride, float *c, int64_t c_stride, int add, fetch *ahead) {
+                               int64_t b_stride, float *c, int64_t c_stride, tile_result result, fetches *ahead) {
 #define IN_PLACE 1
     SWITCH_ROWS
 #undef IN_PLACE

@@ -90,6 +90,8 @@ def peak_gflops(dtype: str, threads: int, seconds: float = 0.03) -> float:
     such instruction."""
     if dtype == "bfloat16" and _core.isa_in_use() == "amx":
         return 0.0  # its peak is that of tiles, not of this loop
+    if not _core.multiplies_bfloat16():
+        dtype = "float32"  # which bfloat16 is multiplied as
     function = getattr(_peak_library(), f"peak_{dtype}")
     with ThreadPoolExecutor(threads) as pool:
         return 2e-9 * sum(pool.map(function, [seconds] * threads))

@@ -1,10 +1,13 @@
 /* Where the time of expert_mlp goes: every pass of a forward and a backward, timed by a pool that hands it on.
  *
  *     phases [N D F E K bfloat16]     one thread; balanced routing */
-#define _POSIX_C_SOURCE 199309L
+#define _DEFAULT_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <time.h>
 
 #include "mmbal/expert_mlp.h"
@@ -32,17 +35,26 @@ static mmbal_status run_timed(void *self, int64_t count, int64_t grain, mmbal_ta
     return status;
 }
 
+/* As torch_ext has it: inputs are torch's, outputs and workspace kept memory in large pages. */
+static void *memory(size_t bytes, int large_pages) {
+    const size_t page = large_pages ? (size_t)2 << 20 : 64, whole = (bytes + page - 1) / page * page;
+    void *made = aligned_alloc(page, whole);
+    if (!made) exit(1);
+#ifdef MADV_HUGEPAGE
+    if (large_pages) madvise(made, whole, MADV_HUGEPAGE);
+#endif
+    return memset(made, 0, whole);
+}
+
 static void *numbers(int64_t count, int bfloat16, float scale) {
-    float *values = malloc(sizeof *values * (size_t)count);
-    if (!values) exit(1);
+    float *values = memory(sizeof *values * (size_t)count, 0);
     uint32_t state = 1;
     for (int64_t i = 0; i < count; i++) {
         state = state * 1664525u + 1013904223u;
         values[i] = scale * ((float)(state >> 8) / (float)(1 << 24) - 0.5f);
     }
     if (!bfloat16) return values;
-    uint16_t *narrow = malloc(sizeof *narrow * (size_t)count);
-    if (!narrow) exit(1);
+    uint16_t *narrow = memory(sizeof *narrow * (size_t)count, 0);
     for (int64_t i = 0; i < count; i++) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof bits);
@@ -89,14 +101,15 @@ int main(int count, char **arguments) {
                                         .inverse = inverse};
     const mmbal_expert_mlp_shape shape = {N, D, F, E, K};
     const mmbal_expert_mlp_options options = {.activation = MMBAL_QUICK_GELU};
-    const mmbal_expert_mlp_gradients out = {numbers(N * D, bfloat16, 0), numbers(E * F * D, bfloat16, 0),
-                                            numbers(E * F, bfloat16, 0), numbers(E * D * F, bfloat16, 0),
-                                            numbers(E * D, bfloat16, 0), numbers(R, 0, 0)};
-    void *y = numbers(N * D, bfloat16, 0), *u = numbers(R * F, bfloat16, 0), *dy = numbers(N * D, bfloat16, 1);
+    const size_t size = bfloat16 ? 2 : 4;
+    const mmbal_expert_mlp_gradients out = {memory(size * (size_t)(N * D), 1), memory(size * (size_t)(E * F * D), 1),
+                                            memory(size * (size_t)(E * F), 1), memory(size * (size_t)(E * D * F), 1),
+                                            memory(size * (size_t)(E * D), 1), memory(4 * (size_t)R, 1)};
+    void *y = memory(size * (size_t)(N * D), 1), *u = memory(size * (size_t)(R * F), 1);
+    void *dy = numbers(N * D, bfloat16, 1);
     const int64_t forward_bytes = mmbal_expert_mlp_workspace(dtype, shape, offsets, 1);
     const int64_t backward_bytes = mmbal_expert_mlp_backward_workspace(dtype, shape, offsets, 1);
-    void *workspace = calloc(1, (size_t)(forward_bytes > backward_bytes ? forward_bytes : backward_bytes));
-    if (!workspace) return 1;
+    void *workspace = memory((size_t)(forward_bytes > backward_bytes ? forward_bytes : backward_bytes), 1);
     timing_pool forward = {.pool = {run_timed, 1, &forward}, .serial = mmbal_pool_serial()}, backward = forward;
     backward.pool.self = &backward;
     for (int round = -1; round < ROUNDS; round++) { /* the first round warms up */

@@ -76,7 +76,8 @@ struct Forward {
     bool intact, untouched;
 };
 
-// misaligned: bytes between the start of an aligned block and that of the workspace.
+// misaligned, gradients_misaligned: bytes between the start of an aligned block and that of the workspace, of dw1 and
+// dw2.
 template <typename T>
 Forward<T> run_forward(const Problem<T> &p, const mmbal_pool &pool = mmbal_pool_serial(), int64_t misaligned = 0) {
     const Spec &s = p.spec;
@@ -104,10 +105,11 @@ struct Backward {
 template <typename T>
 Backward<T> run_backward(const Problem<T> &p, const std::vector<typename T::Stored> &preactivation,
                          const mmbal_pool &pool = mmbal_pool_serial(), int wanted = ALL_GRADIENTS,
-                         int64_t misaligned = 0) {
+                         int64_t misaligned = 0, int64_t gradients_misaligned = 0) {
     const Spec &s = p.spec;
     using Stored = typename T::Stored;
-    Guarded<Stored> dx(s.N * s.D), dw1(s.E * s.F * s.D), db1(s.E * s.F), dw2(s.E * s.D * s.F), db2(s.E * s.D);
+    Guarded<Stored> dx(s.N * s.D), db1(s.E * s.F), db2(s.E * s.D);
+    Guarded<Stored> dw1(s.E * s.F * s.D, gradients_misaligned), dw2(s.E * s.D * s.F, gradients_misaligned);
     Guarded<typename T::Real> dweights(s.N * s.K);
     Guarded<unsigned char> workspace(
         mmbal_expert_mlp_backward_workspace(T::dtype, s.shape(), p.offsets.data(), pool.workers), misaligned);

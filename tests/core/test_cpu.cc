@@ -13,11 +13,11 @@ namespace {
 
 mmbal_isa best_of_this_machine() {
     const unsigned features = mmbal_cpu_features();
-    mmbal_isa best = features & MMBAL_CPU_AMX_BF16      ? MMBAL_ISA_AMX
-                     : features & MMBAL_CPU_AVX512_BF16 ? MMBAL_ISA_AVX512_BF16
-                     : features & MMBAL_CPU_AVX512      ? MMBAL_ISA_AVX512
-                     : features & MMBAL_CPU_AVX2_FMA    ? MMBAL_ISA_AVX2
-                                                        : MMBAL_ISA_PORTABLE;
+    mmbal_isa best = features & MMBAL_CPU_AMX_BF16                                          ? MMBAL_ISA_AMX
+                     : features & MMBAL_CPU_AVX512_BF16 && !mmbal_bfloat16_pairs_are_slow() ? MMBAL_ISA_AVX512_BF16
+                     : features & MMBAL_CPU_AVX512                                          ? MMBAL_ISA_AVX512
+                     : features & MMBAL_CPU_AVX2_FMA                                        ? MMBAL_ISA_AVX2
+                                                                                            : MMBAL_ISA_PORTABLE;
     while (!mmbal_kernels_of(best)) best = static_cast<mmbal_isa>(best - 1);
     return best;
 }
@@ -77,7 +77,8 @@ TEST(Cpu, FeaturesAreOnlyThoseOfTheHeader) {
 }
 
 TEST(Cpu, IsaInUseHasKernelsAndIsOfThisMachine) {
-    EXPECT_LE(mmbal_isa_in_use(), best_of_this_machine());
+    const bool asked_for = mmbal_isa_in_use() == MMBAL_ISA_AVX512_BF16; // where it is not the best, but there
+    EXPECT_TRUE(asked_for || mmbal_isa_in_use() <= best_of_this_machine());
     ASSERT_NE(mmbal_kernels_of(mmbal_isa_in_use()), nullptr);
     EXPECT_EQ(mmbal_kernels_in_use(), mmbal_kernels_of(mmbal_isa_in_use()));
 }
@@ -88,7 +89,12 @@ TEST_F(IsaChoice, IsCappedByTheVariable) {
     expect_choice("portable", MMBAL_ISA_PORTABLE);
     expect_choice("avx2", std::min(MMBAL_ISA_AVX2, best_of_this_machine()));
     expect_choice("avx512", std::min(MMBAL_ISA_AVX512, best_of_this_machine()));
-    expect_choice("avx512_bf16", std::min(MMBAL_ISA_AVX512_BF16, best_of_this_machine()));
+}
+
+// Where its products are slow it is not the best, but there.
+TEST_F(IsaChoice, ProductsOfPairsAreUsedWhereTheyAreAskedFor) {
+    const bool there = mmbal_cpu_features() & MMBAL_CPU_AVX512_BF16 && mmbal_kernels_of(MMBAL_ISA_AVX512_BF16);
+    expect_choice("avx512_bf16", there ? MMBAL_ISA_AVX512_BF16 : std::min(MMBAL_ISA_AVX512, best_of_this_machine()));
 }
 
 TEST_F(IsaChoice, AskingForMoreThanThereIsGivesTheBestThereIs) { expect_choice("amx", best_of_this_machine()); }

@@ -270,6 +270,19 @@ TYPED_TEST(ExpertMlp, WorkspaceMayStartAtAnyByte) {
     }
 }
 
+// One of these places is on a cache line, where whole tiles are stored without a copy, the second shape's around the
+// caches.
+TYPED_TEST(ExpertMlp, GradientsOfWeightsMayLieAnywhere) {
+    for (const Spec &s : {Spec{.N = 9, .D = 64, .F = 96}, Spec{.N = 5, .D = 512, .F = 1056, .E = 4, .K = 1}}) {
+        const Problem<TypeParam> p(s);
+        const auto forward = run_forward(p);
+        const auto first = run_backward(p, forward.preactivation, mmbal_pool_serial(), ALL_GRADIENTS, 0, 8);
+        for (int64_t misaligned : {0, 16, 32, 48})
+            expect_same(run_backward(p, forward.preactivation, mmbal_pool_serial(), ALL_GRADIENTS, 0, misaligned),
+                        first, std::to_string(misaligned));
+    }
+}
+
 TYPED_TEST(ExpertMlp, ExpertWithoutRowsGetsExactZeroGradients) {
     const Spec s = {.N = 9, .D = 33, .F = 20, .E = 4, .K = 1, .only_expert = 2};
     const Problem<TypeParam> p(s);

@@ -5,6 +5,7 @@
 extern "C" {
 #include "bfloat16.h"
 #include "float16.h"
+#include "stream.h"
 }
 
 namespace {
@@ -25,12 +26,19 @@ struct Kernels<float> {
     int rows() const { return table->tile_rows_f32; }
     int cols() const { return table->tile_cols_f32; }
     void tile(int n, int64_t depth, const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
-              int64_t stride, int add, fetch ahead = {}) const {
-        table->tile_f32(n, depth, a, a_stride, b, b_stride, c, stride, add, &ahead);
+              int64_t stride, tile_result result) const {
+        fetches ahead = {};
+        table->tile_f32(n, depth, a, a_stride, b, b_stride, c, stride, result, &ahead);
     }
     void activate(mmbal_activation which, int64_t n, const float *u, float *value, float *slope) const {
         table->activate_f32(which, n, u, value, slope);
     }
+    void gradient_row(mmbal_activation which, int64_t n, const float *u, const float *h, float weight, float *value,
+                      float *du, float *dot) const {
+        table->gradient_row_f32(which, n, u, h, weight, value, du, dot);
+    }
+    void add(int64_t n, const float *addend, float *sum) const { table->add_f32(n, addend, sum); }
+    float sum(int64_t n, const float *a) const { return table->sum_f32(n, a); }
     static constexpr double half_ulp = 0x1p-24, value_error = 3, slope_error = 35;
 };
 
@@ -40,12 +48,19 @@ struct Kernels<double> {
     int rows() const { return table->tile_rows_f64; }
     int cols() const { return table->tile_cols_f64; }
     void tile(int n, int64_t depth, const double *a, int64_t a_stride, const double *b, int64_t b_stride, double *c,
-              int64_t stride, int add, fetch ahead = {}) const {
-        table->tile_f64(n, depth, a, a_stride, b, b_stride, c, stride, add, &ahead);
+              int64_t stride, tile_result result) const {
+        fetches ahead = {};
+        table->tile_f64(n, depth, a, a_stride, b, b_stride, c, stride, result, &ahead);
     }
     void activate(mmbal_activation which, int64_t n, const double *u, double *value, double *slope) const {
         table->activate_f64(which, n, u, value, slope);
     }
+    void gradient_row(mmbal_activation which, int64_t n, const double *u, const double *h, double weight, double *value,
+                      double *du, double *dot) const {
+        table->gradient_row_f64(which, n, u, h, weight, value, du, dot);
+    }
+    void add(int64_t n, const double *addend, double *sum) const { table->add_f64(n, addend, sum); }
+    double sum(int64_t n, const double *a) const { return table->sum_f64(n, a); }
     static constexpr double half_ulp = 0x1p-53, value_error = 5, slope_error = 180; // half of it the reference's own
 };
 
@@ -58,7 +73,7 @@ std::vector<Real> numbers(Random &random, int64_t count) {
 
 // One tile of every number of rows, with c inside a larger matrix; a and b exactly as large as promised.
 template <typename Real>
-void expect_tile_product(Kernels<Real> kernels, int rows, int64_t depth, int add, uint64_t seed) {
+void expect_tile_product(Kernels<Real> kernels, int rows, int64_t depth, tile_result result, uint64_t seed) {
     Random random(seed);
     const int cols = kernels.cols(), stride = cols + 3;
     const int64_t a_stride = depth + 5;
@@ -67,10 +82,10 @@ void expect_tile_product(Kernels<Real> kernels, int rows, int64_t depth, int add
     const auto b = numbers<Real>(random, depth > 0 ? (depth - 1) * b_stride + cols : 0);
     const auto before = numbers<Real>(random, (rows - 1) * stride + cols); // nothing behind the tile's last element
     auto c = before;
-    kernels.tile(rows, depth, a.data(), a_stride, b.data(), b_stride, c.data(), stride, add);
+    kernels.tile(rows, depth, a.data(), a_stride, b.data(), b_stride, c.data(), stride, result);
     for (int i = 0; i < rows; i++) {
         for (int j = 0; j < (i + 1 < rows ? stride : cols); j++) {
-            double sum = add || j >= cols ? before[i * stride + j] : 0, magnitude = std::fabs(sum);
+            double sum = result == TILE_ADD || j >= cols ? before[i * stride + j] : 0, magnitude = std::fabs(sum);
             for (int64_t d = 0; d < depth && j < cols; d++) {
                 const double term = static_cast<double>(a[i * a_stride + d]) * static_cast<double>(b[d * b_stride + j]);
                 sum += term, magnitude += std::fabs(term);
@@ -84,13 +99,36 @@ void expect_tile_product(Kernels<Real> kernels, int rows, int64_t depth, int add
 
 TEST_P(EveryIsa, TileProductIsThatOfThePlainLoopForEveryNumberOfRows) {
     for (int64_t depth : {0, 1, 2, 3, 15, 16, 17, 70, 256, 257, 1000}) {
-        for (int add : {0, 1}) {
+        for (tile_result result : {TILE_SET, TILE_ADD}) {
             for (int rows = 1; rows <= Kernels<float>{table()}.rows(); rows++)
-                expect_tile_product(Kernels<float>{table()}, rows, depth, add, 100 + depth);
+                expect_tile_product(Kernels<float>{table()}, rows, depth, result, 100 + depth);
             for (int rows = 1; rows <= Kernels<double>{table()}.rows(); rows++)
-                expect_tile_product(Kernels<double>{table()}, rows, depth, add, 200 + depth);
+                expect_tile_product(Kernels<double>{table()}, rows, depth, result, 200 + depth);
         }
     }
+}
+
+// Around the caches into a matrix whose rows begin on cache lines.
+template <typename Real>
+void expect_streamed_tiles_have_the_same_bits(Kernels<Real> kernels) {
+    const int cols = kernels.cols();
+    const int64_t depth = 19, line = CACHE_LINE / sizeof(Real), stride = (cols / line + 3) * line;
+    for (int rows = 1; rows <= kernels.rows(); rows++) {
+        Random random(40 + rows);
+        const auto a = numbers<Real>(random, rows * depth), b = numbers<Real>(random, depth * cols);
+        std::vector<Real> memory(rows * stride + line, 7), expected(rows * stride, 7);
+        Real *c = memory.data();
+        while (reinterpret_cast<uintptr_t>(c) % CACHE_LINE != 0) c++;
+        kernels.tile(rows, depth, a.data(), depth, b.data(), cols, expected.data(), stride, TILE_SET);
+        kernels.tile(rows, depth, a.data(), depth, b.data(), cols, c, stride, TILE_STREAM);
+        stream_end();
+        EXPECT_TRUE(same_bits(expected, {c, c + rows * stride})) << rows;
+    }
+}
+
+TEST_P(EveryIsa, StreamedTilesHaveTheBitsOfOthers) {
+    expect_streamed_tiles_have_the_same_bits(Kernels<float>{table()});
+    expect_streamed_tiles_have_the_same_bits(Kernels<double>{table()});
 }
 
 // The product of two matrices, tile by tile; cols is a multiple of every tile's.
@@ -104,7 +142,7 @@ std::vector<Real> product(Kernels<Real> kernels, const std::vector<Real> &a, con
         for (int64_t i = 0; i < rows; i += kernels.rows()) {
             const int here = static_cast<int>(std::min<int64_t>(kernels.rows(), rows - i));
             kernels.tile(here, depth, a.data() + i * depth, depth, panel.data(), kernels.cols(),
-                         c.data() + i * cols + j, cols, 0);
+                         c.data() + i * cols + j, cols, TILE_SET);
         }
     }
     return c;
@@ -134,11 +172,12 @@ void expect_split_sum_is_the_whole_sum(Kernels<Real> kernels) {
     const int64_t depth = 100;
     const auto a = numbers<Real>(random, depth * rows), b = numbers<Real>(random, depth * cols);
     std::vector<Real> whole(rows * cols, 7);
-    kernels.tile(rows, depth, a.data(), depth, b.data(), cols, whole.data(), cols, 0);
+    kernels.tile(rows, depth, a.data(), depth, b.data(), cols, whole.data(), cols, TILE_SET);
     for (int64_t cut : {0, 1, 37, 64, 99, 100}) {
         std::vector<Real> parts(rows * cols, 7);
-        kernels.tile(rows, cut, a.data(), depth, b.data(), cols, parts.data(), cols, 0);
-        kernels.tile(rows, depth - cut, a.data() + cut, depth, b.data() + cut * cols, cols, parts.data(), cols, 1);
+        kernels.tile(rows, cut, a.data(), depth, b.data(), cols, parts.data(), cols, TILE_SET);
+        kernels.tile(rows, depth - cut, a.data() + cut, depth, b.data() + cut * cols, cols, parts.data(), cols,
+                     TILE_ADD);
         EXPECT_TRUE(same_bits(whole, parts)) << cut;
     }
 }
@@ -155,13 +194,13 @@ void expect_same_bits_at_any_address(Kernels<Real> kernels) {
     const int64_t depth = 33;
     const auto a = numbers<Real>(random, depth * rows), b = numbers<Real>(random, depth * cols);
     std::vector<Real> first(rows * cols);
-    kernels.tile(rows, depth, a.data(), depth, b.data(), cols, first.data(), cols, 0);
+    kernels.tile(rows, depth, a.data(), depth, b.data(), cols, first.data(), cols, TILE_SET);
     for (int shift = 1; shift < 16; shift++) {
         std::vector<Real> moved_a(shift, NAN), moved_b(shift, NAN), c(shift + rows * cols);
         moved_a.insert(moved_a.end(), a.begin(), a.end());
         moved_b.insert(moved_b.end(), b.begin(), b.end());
         kernels.tile(rows, depth, moved_a.data() + shift, depth, moved_b.data() + shift, cols, c.data() + shift, cols,
-                     0);
+                     TILE_SET);
         EXPECT_TRUE(same_bits(first, std::vector<Real>(c.begin() + shift, c.end()))) << shift;
     }
 }
@@ -178,10 +217,10 @@ void expect_equal_rows_get_equal_bits(Kernels<Real> kernels) {
     const int cols = kernels.cols();
     const auto row = numbers<Real>(random, 50), b = numbers<Real>(random, 50 * cols);
     std::vector<Real> alone(cols);
-    kernels.tile(1, 50, row.data(), 50, b.data(), cols, alone.data(), cols, 0);
+    kernels.tile(1, 50, row.data(), 50, b.data(), cols, alone.data(), cols, TILE_SET);
     for (int rows = 1; rows <= kernels.rows(); rows++) {
         std::vector<Real> c(rows * cols);
-        kernels.tile(rows, 50, row.data(), 0, b.data(), cols, c.data(), cols, 0);
+        kernels.tile(rows, 50, row.data(), 0, b.data(), cols, c.data(), cols, TILE_SET);
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < cols; j++) ASSERT_EQ(c[i * cols + j], alone[j]) << i << " of " << rows << ", " << j;
     }
@@ -199,7 +238,7 @@ TEST_P(EveryIsa, NanAndInfinityOfOneRowStayInItsRow) {
         for (int bad = 0; bad < rows; bad++) {
             std::vector<float> a(3 * rows, 1), b(3 * cols, 1), c(rows * cols);
             a[bad * 3 + 1] = poison;
-            kernels.tile(rows, 3, a.data(), 3, b.data(), cols, c.data(), cols, 0);
+            kernels.tile(rows, 3, a.data(), 3, b.data(), cols, c.data(), cols, TILE_SET);
             for (int i = 0; i < rows; i++)
                 for (int j = 0; j < cols; j++) ASSERT_EQ(std::isfinite(c[i * cols + j]), i != bad) << i << ", " << j;
         }
@@ -316,6 +355,58 @@ void expect_any_length_and_place(Kernels<Real> kernels) {
 TEST_P(EveryIsa, ActivationsWorkForAnyLengthInPlaceAndWithoutSlope) {
     expect_any_length_and_place(Kernels<float>{table()});
     expect_any_length_and_place(Kernels<double>{table()});
+}
+
+// Of any length, nothing beside it touched; value and slope are those of activate.
+template <typename Real>
+void expect_gradient_row(Kernels<Real> kernels) {
+    Random random(12);
+    for (mmbal_activation which : mmbal_test::ACTIVATIONS) {
+        for (int64_t n = 0; n <= 200; n = n < 70 ? n + 1 : n + 65) {
+            auto u = numbers<Real>(random, n), h = numbers<Real>(random, n);
+            const auto weight = static_cast<Real>(random.uniform(-2, 2));
+            std::vector<Real> value(n), slope(n);
+            kernels.activate(which, n, u.data(), value.data(), slope.data());
+            mmbal_test::Guarded<Real> row_value(n), du(n);
+            Real dot = NAN;
+            kernels.gradient_row(which, n, u.data(), h.data(), weight, row_value.data(), du.data(), &dot);
+            EXPECT_TRUE(row_value.intact() && du.intact()) << which << " of " << n;
+            EXPECT_TRUE(same_bits(row_value.values(), value)) << which << " of " << n;
+            double sum = 0;
+            for (int64_t i = 0; i < n; i++) {
+                const double expected = static_cast<double>(weight) * h[i] * slope[i];
+                ASSERT_NEAR(du.values()[i], expected, 4 * kernels.half_ulp * std::fabs(expected)) << which << ", " << i;
+                sum += static_cast<double>(h[i]) * value[i];
+            }
+            ASSERT_NEAR(dot, sum, 2 * (n + 1) * kernels.half_ulp) << which << " of " << n;
+        }
+    }
+}
+
+TEST_P(EveryIsa, GradientRowsFollowTheirFormulasForAnyLength) {
+    expect_gradient_row(Kernels<float>{table()});
+    expect_gradient_row(Kernels<double>{table()});
+}
+
+template <typename Real>
+void expect_sums_and_additions(Kernels<Real> kernels) {
+    Random random(13);
+    for (int64_t n = 0; n <= 200; n = n < 70 ? n + 1 : n + 65) {
+        const auto a = numbers<Real>(random, n), b = numbers<Real>(random, n);
+        double sum = 0;
+        for (Real x : a) sum += x;
+        EXPECT_NEAR(kernels.sum(n, a.data()), sum, 2 * (n + 1) * kernels.half_ulp * n) << n;
+        mmbal_test::Guarded<Real> both(n);
+        std::copy(a.begin(), a.end(), both.data());
+        kernels.add(n, b.data(), both.data());
+        EXPECT_TRUE(both.intact()) << n;
+        for (int64_t i = 0; i < n; i++) ASSERT_EQ(both.values()[i], static_cast<Real>(a[i] + b[i])) << i << " of " << n;
+    }
+}
+
+TEST_P(EveryIsa, SumsAndAdditionsOfRowsAreThoseOfTheirElements) {
+    expect_sums_and_additions(Kernels<float>{table()});
+    expect_sums_and_additions(Kernels<double>{table()});
 }
 
 template <typename Real>

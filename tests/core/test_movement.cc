@@ -60,15 +60,21 @@ TEST_P(EveryIsa, StreamedBytesAreThoseGivenAtAnyAddressAndLength) {
 
 TEST_P(EveryIsa, TilesFetchAtTheirPaceUntilNothingIsLeft) {
     const int cols = table()->tile_cols_f32;
-    const std::vector<float> a(10, 1), b(10 * cols, 1);
+    const std::vector<float> a(2 * FETCH_STEPS, 1), b(2 * FETCH_STEPS * cols, 1);
     std::vector<float> c(cols);
     const std::vector<char> lines(5 * 4096);
-    fetch ahead = make_fetch(lines.data(), 4096, 5, 3 * CACHE_LINE);
-    ahead.pace = 1;
-    table()->tile_f32(1, 7, a.data(), 10, b.data(), cols, c.data(), cols, 0, &ahead);
-    EXPECT_EQ(ahead.row * ahead.lines + ahead.line, 7);
-    table()->tile_f32(1, 10, a.data(), 10, b.data(), cols, c.data(), cols, 0, &ahead);
-    EXPECT_EQ(ahead.row, 5);
+    fetches ahead = {make_fetch(lines.data(), 4096, 5, 3 * CACHE_LINE), make_fetch(lines.data(), 4096, 4, CACHE_LINE)};
+    ahead.soon.pace = 4, ahead.later.pace = 1;
+    const auto run = [&](int64_t depth) {
+        table()->tile_f32(1, depth, a.data(), 10, b.data(), cols, c.data(), cols, TILE_SET, &ahead);
+    };
+    run(FETCH_STEPS + 1); // a step begun counts
+    EXPECT_EQ(lines_left(&ahead.soon), 15 - 2 * 4);
+    EXPECT_EQ(lines_left(&ahead.later), 4 - 2);
+    run(2 * FETCH_STEPS);
+    run(2 * FETCH_STEPS);
+    EXPECT_EQ(lines_left(&ahead.soon), 0);
+    EXPECT_EQ(lines_left(&ahead.later), 0);
 }
 
 MMBAL_INSTANTIATE_FOR_EVERY_ISA();
@@ -78,10 +84,11 @@ TEST(Fetch, PaceCoversEveryLine) {
     for (int64_t steps : {1, 2, 7, 100, 1000}) {
         fetch ahead = make_fetch(lines.data(), 256, 9, 100);
         set_pace(&ahead, steps);
-        EXPECT_GE(ahead.pace * steps, 9 * 2) << steps;
-        EXPECT_LT((ahead.pace - 1) * steps, 9 * 2) << steps;
-        for (int64_t step = 0; step < steps; step++) fetch_lines(&ahead, ahead.pace);
-        EXPECT_EQ(ahead.row, 9) << steps;
+        EXPECT_EQ(lines_left(&ahead), 9 * 2);
+        EXPECT_GE(ahead.pace * steps, FETCH_STEPS * 9 * 2) << steps;
+        EXPECT_LT((ahead.pace - 1) * steps, FETCH_STEPS * 9 * 2) << steps;
+        for (int64_t step = 0; step < steps; step += FETCH_STEPS) fetch_lines(&ahead, ahead.pace);
+        EXPECT_EQ(lines_left(&ahead), 0) << steps;
     }
 }
 
@@ -90,7 +97,16 @@ TEST(Fetch, NothingToFetchHasNoPace) {
     set_pace(&nothing, 5);
     EXPECT_EQ(nothing.pace, 0);
     fetch_lines(&nothing, 5); // must not loop
-    EXPECT_EQ(nothing.row, 0);
+    EXPECT_EQ(lines_left(&nothing), 0);
+}
+
+TEST(Fetch, LinesAreThoseOfTheRowsInTheirOrder) {
+    const std::vector<char> memory(4096);
+    fetch ahead = make_fetch(memory.data(), 1000, 3, 130);
+    for (int64_t row = 0; row < 3; row++)
+        for (int64_t line = 0; line < 3; line++)
+            EXPECT_EQ(next_line(&ahead) - memory.data(), 1000 * row + CACHE_LINE * line) << row << ", " << line;
+    EXPECT_EQ(lines_left(&ahead), 0);
 }
 
 } // namespace

@@ -24,8 +24,8 @@ struct Tile {
     // b packed
     void run(int n, int64_t depth, const uint16_t *a, int64_t a_stride, const uint16_t *b, float *c, int64_t stride,
              int add) const {
-        fetch nothing = {};
-        tile(n, depth, a, a_stride, b, 2 * cols, c, stride, add, &nothing);
+        fetches nothing = {};
+        tile(n, depth, a, a_stride, b, 2 * cols, c, stride, add ? TILE_ADD : TILE_SET, &nothing);
     }
 };
 
@@ -138,11 +138,12 @@ TEST(TileInPlaceBf16, GivesTheBitsOfThePackedPanelForEveryNumberOfRows) {
                 std::vector<float> packed(rows * stride);
                 for (auto &value : packed) value = static_cast<float>(random.uniform(-1, 1));
                 auto in_place = packed;
-                fetch nothing = {};
-                table->tile_bf16(rows, depth, a.data(), depth, panel.data(), 2 * cols, packed.data(), stride, add,
+                fetches nothing = {};
+                const tile_result result = add ? TILE_ADD : TILE_SET;
+                table->tile_bf16(rows, depth, a.data(), depth, panel.data(), 2 * cols, packed.data(), stride, result,
                                  &nothing);
-                table->tile_in_place_bf16(rows, depth, a.data(), depth, b.data(), stride, in_place.data(), stride, add,
-                                          &nothing);
+                table->tile_in_place_bf16(rows, depth, a.data(), depth, b.data(), stride, in_place.data(), stride,
+                                          result, &nothing);
                 ASSERT_TRUE(same_bits(packed, in_place)) << rows << " rows, depth " << depth << ", add " << add;
             }
         }

@@ -57,6 +57,9 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "multiplies_bfloat16", [] { return mmbal_isa_in_use() >= MMBAL_ISA_AVX512_BF16; },
         "Whether those kernels have products of bfloat16; otherwise it is converted to float32.");
+    m.def(
+        "bfloat16_pairs_are_slow", [] { return mmbal_bfloat16_pairs_are_slow() != 0; },
+        "Whether this processor multiplies bfloat16 faster as float32 than in pairs.");
     m.def("is_isa_name", &is_isa_name, py::arg("name"), "Whether name is a value that MMBAL_ISA may have.");
     m.def("expert_mlp_packed_bytes", &packed_bytes, py::arg("dtype"), py::arg("D"), py::arg("F"), py::arg("E"),
           "Bytes of the tensor that mmbal::expert_mlp_pack returns.");

@@ -25,6 +25,18 @@ def _version_of(package):
         return "not installed"
 
 
+def _bfloat16() -> str:
+    from mmbal import _core
+
+    if _core.multiplies_bfloat16():
+        return "multiplied in pairs by the kernels in use"
+    if "avx512_bf16" in _core.cpu_features() and _core.bfloat16_pairs_are_slow():
+        why = "faster here than this processor's products of pairs (MMBAL_ISA=avx512_bf16 takes those)"
+    else:
+        why = "no bfloat16 instructions in use, so no faster than float32"
+    return f"converted to float32 while packing: {why}"
+
+
 def _cuda_library():
     """What the CUDA library says of itself, or why there is none."""
     from mmbal import _core
@@ -60,9 +72,7 @@ def info():
         "python": platform.python_version(),
         "CPU features": ", ".join(_core.cpu_features()) or "none that matter here",
         "kernels in use": _core.isa_in_use() + (f" (MMBAL_ISA={cap})" if cap else ""),
-        "bfloat16": "multiplied in pairs by the kernels in use"
-        if _core.multiplies_bfloat16()
-        else "converted to float32 while packing: no bfloat16 instructions in use, so no faster than float32",
+        "bfloat16": _bfloat16(),
         "float16": "converted to float32 while packing, no faster than float32",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}, torch's own pool",
         "kept memory": "up to 4 GiB of scratch memory"

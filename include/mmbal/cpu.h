@@ -28,6 +28,9 @@ unsigned mmbal_cpu_features(void);
  * bfloat16 is multiplied faster as float32: Intel's processors, 87 against 175 GFLOP/s a core (tests/bench/peak.c). */
 int mmbal_bfloat16_pairs_are_slow(void);
 
+/* 1 where a core has 48 KiB of first-level and 2 MiB of second-level cache or more. */
+int mmbal_caches_are_large(void);
+
 /* The best instruction set that the processor has, this build has kernels for, and the environment variable
  * MMBAL_ISA=portable|avx2|avx512|avx512_bf16|amx allows. avx512_bf16 must be asked for where its products are slow. An
  * unknown value of the variable counts as absent: see mmbal_isa_from_name. */

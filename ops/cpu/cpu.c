@@ -9,9 +9,11 @@
 #ifdef MMBAL_X86
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <unistd.h>
+#endif
 #if defined MMBAL_X86 && defined __linux__
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 static const char *const isa_names[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
@@ -89,6 +91,19 @@ int mmbal_bfloat16_pairs_are_slow(void) {
 #else
     return 0;
 #endif
+}
+
+static int find_large_caches(void) {
+#if defined _SC_LEVEL1_DCACHE_SIZE && defined _SC_LEVEL2_CACHE_SIZE
+    return sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10 && sysconf(_SC_LEVEL2_CACHE_SIZE) >= 2 << 20;
+#else
+    return 0;
+#endif
+}
+
+int mmbal_caches_are_large(void) {
+    static int large = UNREAD;
+    return read_once(&large, find_large_caches);
 }
 
 static int choose_isa(void) {

@@ -11,7 +11,11 @@
 #include "stream.h"
 
 /* Of passes over rows of D or F elements: some tens of microseconds. */
-enum { ROWS_PER_TASK = 16, GATHERED_ROWS = 64 };
+enum { ROWS_PER_TASK = 16 };
+#define GATHERED ((blocking){64, BLOCK_COLS, 0})
+
+/* Columns of F that a part of <h, a> sums over: a divisor of every block's, so that the sum does not depend on it. */
+enum { PART_COLS = 96 };
 
 /* One pass of a call over the pool; all that a pass writes is there before the next begins. */
 typedef struct pass {
@@ -27,13 +31,12 @@ static mmbal_status run_passes(const pass *passes, size_t count, void *call, con
     return status;
 }
 
-/* Rows of a block of a wave: high blocks pack the weights seldom, but a few blocks for each worker keep all of them
- * busy. */
-static int64_t rows_for_balance(mmbal_expert_mlp_shape s, int64_t wave_rows, int workers) {
-    const int64_t across = ceil_div(s.D < s.F ? s.D : s.F, BLOCK_COLS), wanted = 8 * (int64_t)workers;
-    int64_t rows = BLOCK_ROWS;
-    while (rows > BLOCK_ROWS / 4 && ceil_div(wave_rows, rows) * across < wanted) rows /= 2;
-    return rows;
+/* Blocks of a wave's rows: high ones pack the weights seldom, but a few for each worker keep all of them busy. */
+static blocking blocking_for_balance(blocking most, mmbal_expert_mlp_shape s, int64_t wave_rows, int workers) {
+    const int64_t across = ceil_div(s.D < s.F ? s.D : s.F, most.cols), wanted = 8 * (int64_t)workers;
+    enum { LEAST_ROWS = 140 };
+    while (most.rows > LEAST_ROWS && ceil_div(wave_rows, most.rows) * across < wanted) most.rows /= 2;
+    return most;
 }
 
 /* Blocks of a task: a worker fetches the weights of its task's next block early, and the last tasks must not keep the

@@ -1,7 +1,7 @@
 /* Backward of expert_mlp.c for one dtype. Each gradient is a pass of its own, taken only when it is asked for; those of
  * the biases fall out of the passes over the weights. */
 
-static int64_t NAME(parts)(const NAME(call) * c) { return 1 + ceil_div(c->F, BLOCK_COLS); }
+static int64_t NAME(parts)(const NAME(call) * c) { return 1 + ceil_div(c->F, PART_COLS); }
 
 static void NAME(backward_workspace)(NAME(call) * c, int workers, arena *from) {
     c->input = carve(from, NAME(operand_bytes)(c->wave_rows, c->D));
@@ -70,14 +70,14 @@ static void NAME(turn_gradient)(const NAME(call) * c, block at, OPERAND *scaled)
 }
 
 static int64_t NAME(gather_blocks)(const NAME(call) * c) {
-    return count_row_blocks(c->offsets, c->E, GATHERED_ROWS, c->tile_rows, 1);
+    return count_row_blocks(c->offsets, c->E, GATHERED, c->tile_rows, 1);
 }
 
 static mmbal_status NAME(gather_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     NAME(scratch) *s = c->scratch + worker;
     for (int64_t index = begin; index < end; index++) {
-        const block at = find_row_block(c->offsets, GATHERED_ROWS, c->tile_rows, 1, index);
+        const block at = find_row_block(c->offsets, GATHERED, c->tile_rows, 1, index);
         for (int64_t i = 0; i < at.rows; i++)
             NAME(gather_gradient_row)(c, at.expert, at.row + i, s->c, s->c + BLOCK_COLS);
         if (c->dw2 || c->db2) NAME(turn_gradient)(c, at, s->b);
@@ -96,7 +96,7 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         REAL *h = s->c;
-        for (int64_t r = at.row; r < at.row + at.rows; r++, h += BLOCK_COLS) {
+        for (int64_t r = at.row; r < at.row + at.rows; r++, h += at.stride) {
             const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
             const STORED *u = c->preactivation + r * c->F + at.col;
             if (r + FETCH_AHEAD < at.row + at.rows) {
@@ -106,9 +106,11 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
             }
             NAME(widen)(c->kernels, at.cols, u, x);
             NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, h);
-            REAL dot;
-            c->kernels->OF_REAL(gradient_row)(c->activation, at.cols, x, h, c->weights[pair], value, du, &dot);
-            if (c->dweights) c->dot_parts[r * NAME(parts)(c) + 1 + at.col / BLOCK_COLS] = dot;
+            for (int64_t f = 0; f < at.cols; f += PART_COLS) {
+                REAL *part = c->dot_parts + r * NAME(parts)(c) + 1 + (at.col + f) / PART_COLS;
+                c->kernels->OF_REAL(gradient_row)(c->activation, least(PART_COLS, at.cols - f), x + f, h + f,
+                                                  c->weights[pair], value + f, du + f, part);
+            }
             NAME(to_operands)(c->kernels, at.cols, du, c->dhidden + place);
             if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden + place - at.col, c->F);
             if (!c->dw2) continue;
@@ -144,7 +146,7 @@ static mmbal_status NAME(input_gradient_task)(void *context, int worker, int64_t
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         const REAL *dx = s->c;
-        for (int64_t r = at.row; r < at.row + at.rows; r++, dx += BLOCK_COLS)
+        for (int64_t r = at.row; r < at.row + at.rows; r++, dx += at.stride)
             memcpy(c->rows + r * c->D + at.col, dx, sizeof(REAL) * (size_t)at.cols);
     }
     return MMBAL_OK;
@@ -167,9 +169,9 @@ typedef struct {
 } NAME(weight_gradient);
 
 /* to[i, j] = from[i, j], rounded; from is part of a block */
-static void NAME(store_rows)(const mmbal_kernels *kernels, const REAL *from, int64_t rows, int64_t cols, STORED *to,
-                             int64_t to_stride, int past_caches) {
-    for (int64_t i = 0; i < rows; i++, from += BLOCK_COLS, to += to_stride) {
+static void NAME(store_rows)(const mmbal_kernels *kernels, const REAL *from, int64_t from_stride, int64_t rows,
+                             int64_t cols, STORED *to, int64_t to_stride, int past_caches) {
+    for (int64_t i = 0; i < rows; i++, from += from_stride, to += to_stride) {
         if (past_caches)
             NAME(narrow_past_caches)(kernels, cols, from, to);
         else
@@ -188,7 +190,7 @@ static int NAME(on_lines)(const NAME(call) * c, const NAME(weight_gradient) * w,
 
 static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_gradient) * w, int64_t index,
                                         NAME(scratch) * s) {
-    const block at = find_expert_block(w->rows, w->cols, index);
+    const block at = find_expert_block(c->blocking, w->rows, w->cols, index);
     const int64_t begin = c->offsets[at.expert], end = c->offsets[at.expert + 1];
     const int64_t stride = c->turned_stride, first = at.expert * w->rows + at.row;
     const OPERAND *left = w->left + at.row * stride + c->turned[at.expert];
@@ -199,14 +201,14 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
     if (!w->dw) return;
     int64_t from = begin;
     do { /* once at least: without rows the sums are zeros */
-        const int64_t depth = least(NAME(DEPTH), end - from), next = from + depth;
+        const int64_t depth = least(NAME(depth_step)(c), end - from), next = from + depth;
         const int64_t packed_depth = NAME(packed_depth)(depth);
         const int first_step = from == begin, last_step = next == end;
         NAME(pack_rows)(c->kernels, &w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), s->b);
         const NAME(panels) right = NAME(packed_panels)(c->kernels, s->b, packed_depth);
-        fetches ahead = {.later = make_fetch(NAME(row_of)(&w->right, next) + at.col,
-                                             w->right.stride * (int64_t)sizeof(OPERAND), least(NAME(DEPTH), end - next),
-                                             at.cols * (int64_t)sizeof(OPERAND))};
+        fetches ahead = {
+            .later = make_fetch(NAME(row_of)(&w->right, next) + at.col, w->right.stride * (int64_t)sizeof(OPERAND),
+                                least(NAME(depth_step)(c), end - next), at.cols * (int64_t)sizeof(OPERAND))};
         set_pace(&ahead.later, NAME(tile_steps)(c->kernels, at.rows, at.cols, packed_depth));
 #if STORED_IS_REAL
         if (first_step && last_step && NAME(on_lines)(c, w, at)) {
@@ -221,12 +223,12 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
         const int64_t strip = last_step ? c->tile_rows : at.rows;
         for (int64_t i = 0; i < at.rows; i += strip) {
             const int64_t rows = least(strip, at.rows - i);
-            REAL *sums = s->c + (first_step && last_step ? 0 : i * BLOCK_COLS);
+            REAL *sums = s->c + (first_step && last_step ? 0 : i * at.stride);
             NAME(multiply_panels)(c->kernels, rows, at.cols, packed_depth, left + i * stride + from - begin, stride,
-                                  at.rows - i, right, sums, BLOCK_COLS, first_step ? TILE_SET : TILE_ADD, &ahead);
+                                  at.rows - i, right, sums, at.stride, first_step ? TILE_SET : TILE_ADD, &ahead);
             if (last_step)
-                NAME(store_rows)(c->kernels, sums, rows, at.cols, w->dw + (first + i) * w->cols + at.col, w->cols,
-                                 c->past_caches);
+                NAME(store_rows)(c->kernels, sums, at.stride, rows, at.cols, w->dw + (first + i) * w->cols + at.col,
+                                 w->cols, c->past_caches);
         }
         from = next;
     } while (from < end);
@@ -282,8 +284,8 @@ static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs
              NAME(hidden_gradient_task)},
             {c.dx != NULL, NAME(row_blocks)(&wave, c.D), blocks_per_task(NAME(row_blocks)(&wave, c.D), pool->workers),
              NAME(input_gradient_task)},
-            {c.dw1 || c.db1, count_expert_blocks(wave.E, c.F, c.D), 1, NAME(dw1_task)},
-            {c.dw2 || c.db2, count_expert_blocks(wave.E, c.D, c.F), 1, NAME(dw2_task)},
+            {c.dw1 || c.db1, count_expert_blocks(wave.E, c.blocking, c.F, c.D), 1, NAME(dw1_task)},
+            {c.dw2 || c.db2, count_expert_blocks(wave.E, c.blocking, c.D, c.F), 1, NAME(dw2_task)},
         };
         status = run_passes(passes, sizeof passes / sizeof passes[0], &wave, pool);
     }

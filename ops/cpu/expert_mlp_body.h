@@ -11,9 +11,9 @@ typedef struct {
     mmbal_activation activation;
     dropout hidden_dropout, output_dropout;
     int64_t N, D, F, E, K, R;
-    int64_t most_rows;            /* of a block of routed rows */
-    int64_t first_row, wave_rows; /* the first row of this wave, the most that a wave has */
-    int64_t turned_stride;        /* between two rows of a turned matrix */
+    blocking row_blocking, blocking; /* of products with the routed rows as rows; of the gradients of the weights */
+    int64_t first_row, wave_rows;    /* the first row of this wave, the most that a wave has */
+    int64_t turned_stride;           /* between two rows of a turned matrix */
     const STORED *x, *w1, *b1, *w2, *b2, *dy, *preactivation;
     const REAL *weights;
     const int64_t *permutation, *offsets, *inverse;
@@ -42,7 +42,8 @@ static NAME(call) NAME(begin_call)(const mmbal_expert_mlp_inputs *in, mmbal_expe
     NAME(call) c = {.kernels = kernels, .N = s.N, .D = s.D, .F = s.F, .E = s.E, .K = s.K, .R = s.N * s.K};
     c.tile_rows = kernels->OF_OPERAND(tile_rows);
     c.wave_rows = largest_wave(in->offsets, s.E, workers);
-    c.most_rows = rows_for_balance(s, c.wave_rows, workers);
+    c.blocking = mmbal_blocking_in_use();
+    c.row_blocking = blocking_for_balance(c.blocking, s, c.wave_rows, workers);
     c.turned_stride = NAME(turned_stride)(c.wave_rows, s.E);
     c.past_caches = s.E * s.F * s.D * (int64_t)sizeof(STORED) >= STREAMED_BYTES;
     c.activation = options->activation;
@@ -79,11 +80,11 @@ static NAME(call) NAME(wave)(const NAME(call) * c, int64_t first, int64_t last) 
 }
 
 static int64_t NAME(row_blocks)(const NAME(call) * c, int64_t cols) {
-    return count_row_blocks(c->offsets, c->E, c->most_rows, c->tile_rows, cols);
+    return count_row_blocks(c->offsets, c->E, c->row_blocking, c->tile_rows, cols);
 }
 
 static block NAME(row_block)(const NAME(call) * c, int64_t cols, int64_t index) {
-    return find_row_block(c->offsets, c->most_rows, c->tile_rows, cols, index);
+    return find_row_block(c->offsets, c->row_blocking, c->tile_rows, cols, index);
 }
 
 /* Zeros from the end of a row to the end of its line: a product by pairs may read one element more than there are. */
@@ -115,6 +116,9 @@ static void NAME(combine)(const NAME(call) * c, const REAL *factor, int64_t begi
     }
 }
 
+/* Of the depth of a product with many rows. */
+static int64_t NAME(depth_step)(const NAME(call) * c) { return c->blocking.depth_bytes / (int64_t)sizeof(OPERAND); }
+
 /* A product of routed rows with the weights of their experts. */
 typedef struct {
     NAME(rows) a;
@@ -133,7 +137,7 @@ static NAME(weights) NAME(weights_of)(const NAME(call) * c, const NAME(product) 
 
 static NAME(reading) NAME(read_block)(const NAME(call) * c, const NAME(product) * p, int64_t index) {
     const block at = NAME(row_block)(c, p->cols, index);
-    return NAME(read_weights)(c->kernels, NAME(weights_of)(c, p, at.expert), at, p->depth);
+    return NAME(read_weights)(c->kernels, NAME(weights_of)(c, p, at.expert), at, p->depth, NAME(depth_step)(c));
 }
 
 /* Multiplies block `index` of those before `end` into s->c. */

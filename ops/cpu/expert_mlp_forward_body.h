@@ -38,7 +38,7 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         if (c->b1) NAME(widen)(c->kernels, at.cols, c->b1 + at.expert * c->F + at.col, bias);
         REAL *u = s->c;
-        for (int64_t r = at.row; r < at.row + at.rows; r++, u += BLOCK_COLS) {
+        for (int64_t r = at.row; r < at.row + at.rows; r++, u += at.stride) {
             STORED *kept = c->kept_preactivation ? c->kept_preactivation + r * c->F + at.col : NULL;
             OPERAND *hidden = c->hidden + (r - c->first_row) * stride;
             if (r + FETCH_AHEAD < at.row + at.rows) {
@@ -71,7 +71,7 @@ static mmbal_status NAME(output_task)(void *context, int worker, int64_t begin, 
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         if (c->b2) NAME(widen)(c->kernels, at.cols, c->b2 + at.expert * c->D + at.col, bias);
         REAL *o = s->c;
-        for (int64_t r = at.row; r < at.row + at.rows; r++, o += BLOCK_COLS) {
+        for (int64_t r = at.row; r < at.row + at.rows; r++, o += at.stride) {
             REAL *row = c->rows + r * c->D + at.col;
             for (int64_t d = 0; d < at.cols; d++) row[d] = o[d] + bias[d];
             NAME(mask)(&c->output_dropout, c->permutation[r] * c->D + at.col, at.cols, row);

@@ -5,8 +5,9 @@
  * apart: so the rows of a tile never meet in one set of the cache, whatever the width is. */
 enum {
     NAME(LINE) = CACHE_LINE / sizeof(OPERAND),
-    NAME(DEPTH) = DEPTH_BYTES / sizeof(OPERAND),
-    NAME(DEPTH_IN_PLACE) = NAME(DEPTH) / 4
+    NAME(MOST_DEPTH) = MOST_DEPTH_BYTES / sizeof(OPERAND),
+    NAME(FEW_DEPTH) = FEW_DEPTH_BYTES / sizeof(OPERAND),
+    NAME(DEPTH_IN_PLACE) = NAME(FEW_DEPTH) / 4
 };
 
 static inline int64_t NAME(whole_lines)(int64_t width) { return ceil_div(width, NAME(LINE)) * NAME(LINE); }
@@ -35,8 +36,8 @@ typedef struct {
 
 /* What a worker holds of a block. */
 typedef struct {
-    REAL c[BLOCK_ROWS * BLOCK_COLS];     /* row stride BLOCK_COLS */
-    OPERAND b[NAME(DEPTH) * BLOCK_COLS]; /* panels */
+    REAL c[BLOCK_ELEMENTS];                   /* row stride block.stride */
+    OPERAND b[PANEL_BYTES / sizeof(OPERAND)]; /* panels */
 } NAME(scratch);
 
 /* A right factor as tiles read it: panels of tile_cols columns. */
@@ -73,11 +74,12 @@ static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, in
 
 /* The same for one panel, which stays in the first-level cache while all rows pass by. */
 static void NAME(multiply_rows)(const mmbal_kernels *kernels, int64_t rows, int64_t depth, const OPERAND *a,
-                                int64_t a_stride, NAME(panels) b, REAL *c, tile_result result, fetches *ahead) {
+                                int64_t a_stride, NAME(panels) b, REAL *c, int64_t c_stride, tile_result result,
+                                fetches *ahead) {
     const int64_t height = ceil_div(rows, ceil_div(rows, kernels->OF_OPERAND(tile_rows)));
     for (int64_t i = 0; i < rows; i += height)
-        b.tile((int)least(height, rows - i), depth, a + i * a_stride, a_stride, b.data, b.stride, c + i * BLOCK_COLS,
-               BLOCK_COLS, result, ahead);
+        b.tile((int)least(height, rows - i), depth, a + i * a_stride, a_stride, b.data, b.stride, c + i * c_stride,
+               c_stride, result, ahead);
 }
 
 /* Elements of the panels of `cols` columns. */
@@ -86,15 +88,15 @@ static int64_t NAME(panel_elements)(const mmbal_kernels *kernels, int64_t cols, 
     return ceil_div(cols, tile_cols) * tile_cols * NAME(packed_depth)(depth);
 }
 
-/* All panels of an expert's B [depth, cols]: block of columns after block, in each step of the depth after step. */
+/* All panels of an expert's B [depth, cols], one after the other over the whole depth. */
 static void NAME(pack_all)(const mmbal_kernels *kernels, NAME(weights) b, int64_t depth, int64_t cols,
                            OPERAND *packed) {
-    for (int64_t col = 0; col < cols; col += BLOCK_COLS) {
-        const int64_t here = least(BLOCK_COLS, cols - col);
-        for (int64_t from = 0; from < depth; from += NAME(DEPTH)) {
-            const int64_t deep = least(NAME(DEPTH), depth - from);
-            NAME(pack_weights)(kernels, &b, from, deep, col, here, kernels->OF_OPERAND(tile_cols), packed);
-            packed += NAME(panel_elements)(kernels, here, deep);
+    const int tile_cols = kernels->OF_OPERAND(tile_cols);
+    for (int64_t col = 0; col < cols; col += tile_cols) {
+        for (int64_t from = 0; from < depth; from += NAME(FEW_DEPTH)) {
+            const int64_t deep = least(NAME(FEW_DEPTH), depth - from);
+            NAME(pack_weights)(kernels, &b, from, deep, col, least(tile_cols, cols - col), tile_cols, packed);
+            packed += tile_cols * NAME(packed_depth)(deep);
         }
     }
 }
@@ -109,33 +111,37 @@ static int64_t NAME(tile_steps)(const mmbal_kernels *kernels, int64_t rows, int6
 typedef struct {
     NAME(weights) b;
     block place;
-    int64_t depth;
-    int few, in_place; /* few rows: panel by panel; in_place: whole panels are read where they lie */
-    int64_t step;
+    int64_t depth, step;
+    int in_place; /* whole panels are read where they lie */
 } NAME(reading);
 
 /* A step of the depth is short where weights are read in place: what it reads stays in the caches even where the rows
  * of the weights are 16 KiB apart and so share few of their sets. */
-static NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weights) b, block place, int64_t depth) {
+static NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weights) b, block place, int64_t depth,
+                                        int64_t step_of_many) {
     const int in_place = OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 &&
-                         !b.packed && !b.transposed && place.rows <= NAME(ROWS_IN_PLACE);
-    const NAME(reading)
-        made = {b, place, depth, place.rows <= FEW_ROWS, in_place, in_place ? NAME(DEPTH_IN_PLACE) : NAME(DEPTH)};
+                         !b.packed && !b.transposed && place.few && place.rows <= NAME(ROWS_IN_PLACE);
+    const int64_t step = in_place ? NAME(DEPTH_IN_PLACE) : place.few ? NAME(FEW_DEPTH) : step_of_many;
+    const NAME(reading) made = {b, place, depth, step, in_place};
     return made;
 }
 
 /* The panels of the step that begins at `from`, where all of an expert's lie packed. */
-static const OPERAND *NAME(packed_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
-    return r->b.packed + NAME(panel_elements)(kernels, r->place.col, r->depth) +
-           NAME(panel_elements)(kernels, r->place.cols, from);
+static NAME(panels) NAME(packed_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
+    NAME(panels) whole = NAME(packed_panels)(kernels, r->b.packed, NAME(packed_depth)(r->depth));
+    const int64_t tile_cols = kernels->OF_OPERAND(tile_cols);
+    whole.data += r->place.col / tile_cols * whole.panel + from * tile_cols;
+    return whole;
 }
 
 /* What a block reads of memory in the step of its depth that begins at `from`. */
 static fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
     const int64_t deep = least(r->step, r->depth - from), size = (int64_t)sizeof(STORED);
     if (r->b.packed) {
-        const int64_t bytes = NAME(panel_elements)(kernels, r->place.cols, deep) * (int64_t)sizeof(OPERAND);
-        return make_fetch(NAME(packed_step)(kernels, r, from), bytes, 1, bytes);
+        const NAME(panels) step = NAME(packed_step)(kernels, r, from);
+        const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), bytes = tile_cols * (int64_t)sizeof(OPERAND);
+        return make_fetch(step.data, step.panel * (int64_t)sizeof(OPERAND), ceil_div(r->place.cols, tile_cols),
+                          NAME(packed_depth)(deep) * bytes);
     }
     if (r->b.transposed)
         return make_fetch(r->b.data + r->place.col * r->b.stride + from, r->b.stride * size, r->place.cols,
@@ -152,7 +158,8 @@ static void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(reading)
         const int64_t cols = least(tile_cols, r->place.cols - j);
         NAME(panels) panel = NAME(packed_panels)(kernels, s->b, packed_depth);
         if (r->b.packed) {
-            panel.data = NAME(packed_step)(kernels, r, from) + j * packed_depth;
+            panel = NAME(packed_step)(kernels, r, from);
+            panel.data += j / tile_cols * panel.panel;
 #if OPERAND_IS_STORED
         } else if (r->in_place && cols == tile_cols) {
             panel.tile = kernels->OF_OPERAND(tile_in_place);
@@ -161,7 +168,8 @@ static void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(reading)
         } else {
             NAME(pack_weights)(kernels, &r->b, from, deep, r->place.col + j, cols, (int)tile_cols, s->b);
         }
-        NAME(multiply_rows)(kernels, r->place.rows, packed_depth, a, a_stride, panel, s->c + j, result, ahead);
+        NAME(multiply_rows)(kernels, r->place.rows, packed_depth, a, a_stride, panel, s->c + j, r->place.stride, result,
+                            ahead);
     }
 }
 
@@ -170,13 +178,13 @@ static void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(reading
                                 const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
                                 NAME(scratch) * s) {
     const int64_t packed_depth = NAME(packed_depth)(deep), cols = r->place.cols;
-    const OPERAND *packed = s->b;
+    NAME(panels) panels = NAME(packed_panels)(kernels, s->b, packed_depth);
     if (r->b.packed)
-        packed = NAME(packed_step)(kernels, r, from);
+        panels = NAME(packed_step)(kernels, r, from);
     else
         NAME(pack_weights)(kernels, &r->b, from, deep, r->place.col, cols, kernels->OF_OPERAND(tile_cols), s->b);
-    NAME(multiply_panels)(kernels, r->place.rows, cols, packed_depth, a, a_stride, r->place.rows,
-                          NAME(packed_panels)(kernels, packed, packed_depth), s->c, BLOCK_COLS, result, ahead);
+    NAME(multiply_panels)(kernels, r->place.rows, cols, packed_depth, a, a_stride, r->place.rows, panels, s->c,
+                          r->place.stride, result, ahead);
 }
 
 /* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. next: what this worker reads
@@ -192,7 +200,7 @@ static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, const NAM
         else if (next)
             ahead.later = NAME(fetch_step)(kernels, next, 0);
         set_pace(&ahead.later, NAME(tile_steps)(kernels, r->place.rows, r->place.cols, NAME(packed_depth)(deep)));
-        (r->few ? NAME(multiply_few) : NAME(multiply_many))(kernels, r, from, deep, rows, a.stride, from > 0, &ahead,
-                                                            s);
+        (r->place.few ? NAME(multiply_few) : NAME(multiply_many))(kernels, r, from, deep, rows, a.stride, from > 0,
+                                                                  &ahead, s);
     }
 }

@@ -22,3 +22,9 @@ const mmbal_kernels *mmbal_kernels_of(int isa) {
 }
 
 const mmbal_kernels *mmbal_kernels_in_use(void) { return mmbal_kernels_of(mmbal_isa_in_use()); }
+
+/* Only the tiles of AVX-512 are so fast that it matters. */
+blocking mmbal_blocking_in_use(void) {
+    return mmbal_isa_in_use() >= MMBAL_ISA_AVX512 && mmbal_caches_are_large() ? BLOCKING_OF_LARGE_CACHES
+                                                                              : BLOCKING_OF_SMALL_CACHES;
+}

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "bfloat16.h"
+#include "blocks.h"
 #include "fetch.h"
 #include "mmbal/expert_mlp.h"
 
@@ -94,6 +95,9 @@ typedef struct mmbal_kernels {
 /* NULL when this build has no kernels for isa. */
 const mmbal_kernels *mmbal_kernels_of(int isa);
 const mmbal_kernels *mmbal_kernels_in_use(void);
+
+/* How products of many rows are cut on this machine, with the kernels in use. */
+blocking mmbal_blocking_in_use(void);
 
 extern const mmbal_kernels mmbal_kernels_portable, mmbal_kernels_avx2, mmbal_kernels_avx512, mmbal_kernels_avx512_bf16,
     mmbal_kernels_amx;

@@ -59,12 +59,12 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
 #if OPERAND_IS_STORED
         TRANSPOSE(kernels, columns, b->stride, here, depth, packed, panel_cols);
 #else
-        OPERAND lines[4 * NAME(DEPTH)];
+        OPERAND lines[4 * NAME(MOST_DEPTH)];
         for (int64_t i = 0; i < here; i += 4) { /* four columns are converted, then transposed */
             const int64_t wide = least(4, here - i);
             for (int64_t k = 0; k < wide; k++)
-                NAME(stored_to_operands)(kernels, depth, columns + (i + k) * b->stride, lines + k * NAME(DEPTH));
-            TRANSPOSE(kernels, lines, NAME(DEPTH), wide, depth, packed + i, panel_cols);
+                NAME(stored_to_operands)(kernels, depth, columns + (i + k) * b->stride, lines + k * NAME(MOST_DEPTH));
+            TRANSPOSE(kernels, lines, NAME(MOST_DEPTH), wide, depth, packed + i, panel_cols);
         }
 #endif
     }

@@ -14,17 +14,21 @@ TEST(Blocks, RowBlocksCoverEveryRowAndColumnOnce) {
     Random random(1);
     for (int round = 0; round < 60; round++) {
         const int64_t E = 1 + random.below(6), cols = 1 + random.below(500);
-        const int64_t most = random.pick<int64_t>({64, 140, 280, BLOCK_ROWS});
+        blocking most = round % 2 ? BLOCKING_OF_SMALL_CACHES : BLOCKING_OF_LARGE_CACHES;
+        const int64_t highest = most.rows;
+        most.rows = random.pick<int64_t>({64, 140, 280, highest});
         const int tile_rows = random.pick<int>({4, 6, 14, 32});
         std::vector<int64_t> offsets = {0};
         for (int64_t e = 0; e < E; e++)
             offsets.push_back(offsets.back() +
-                              random.pick<int64_t>({0, 1, 13, 448, 558, BLOCK_ROWS, 700, 1118, 2 * BLOCK_ROWS}));
+                              random.pick<int64_t>({0, 1, 13, 127, 128, 129, 448, 558, 560, 700, 1118, 1120, 2240}));
         std::vector<int> seen(offsets.back() * cols);
         const int64_t count = count_row_blocks(offsets.data(), E, most, tile_rows, cols);
         for (int64_t index = 0; index < count; index++) {
             const block b = find_row_block(offsets.data(), most, tile_rows, cols, index);
-            ASSERT_TRUE(b.rows >= 1 && b.rows <= BLOCK_ROWS && b.cols >= 1 && b.cols <= BLOCK_COLS);
+            ASSERT_TRUE(b.rows >= 1 && b.cols >= 1 && b.cols <= b.stride && b.stride <= BLOCK_COLS);
+            ASSERT_LE(b.rows * b.stride, BLOCK_ELEMENTS);
+            ASSERT_TRUE(!b.few || b.rows <= FEW_ROWS);
             ASSERT_GE(b.row, offsets[b.expert]);
             ASSERT_LE(b.row + b.rows, offsets[b.expert + 1]);
             for (int64_t r = b.row; r < b.row + b.rows; r++)
@@ -35,24 +39,28 @@ TEST(Blocks, RowBlocksCoverEveryRowAndColumnOnce) {
 }
 
 TEST(Blocks, ExpertBlocksCoverEveryElementOnce) {
-    const int64_t E = 3, rows = 900, cols = 401;
-    std::vector<int> seen(E * rows * cols);
-    for (int64_t index = 0; index < count_expert_blocks(E, rows, cols); index++) {
-        const block b = find_expert_block(rows, cols, index);
-        for (int64_t i = b.row; i < b.row + b.rows; i++)
-            for (int64_t j = b.col; j < b.col + b.cols; j++) seen[(b.expert * rows + i) * cols + j]++;
+    const int64_t E = 3, rows = 1300, cols = 401;
+    for (blocking most : {BLOCKING_OF_SMALL_CACHES, BLOCKING_OF_LARGE_CACHES}) {
+        std::vector<int> seen(E * rows * cols);
+        for (int64_t index = 0; index < count_expert_blocks(E, most, rows, cols); index++) {
+            const block b = find_expert_block(most, rows, cols, index);
+            ASSERT_TRUE(b.cols <= b.stride && b.rows * b.stride <= BLOCK_ELEMENTS);
+            for (int64_t i = b.row; i < b.row + b.rows; i++)
+                for (int64_t j = b.col; j < b.col + b.cols; j++) seen[(b.expert * rows + i) * cols + j]++;
+        }
+        for (int times : seen) ASSERT_EQ(times, 1);
     }
-    for (int times : seen) ASSERT_EQ(times, 1);
 }
 
 TEST(Blocks, MoreThanTwoToThe31RowsAreCounted) {
     const int64_t many = (int64_t{1} << 33) + 5;
     const std::vector<int64_t> offsets = {0, many, many, 2 * many};
-    const int64_t cols = 1000, across = ceil_div(cols, BLOCK_COLS);
-    const int64_t height = block_height(many, BLOCK_ROWS, 14), down = ceil_div(many, height);
-    const int64_t count = count_row_blocks(offsets.data(), 3, BLOCK_ROWS, 14, cols);
+    const blocking most = BLOCKING_OF_SMALL_CACHES;
+    const int64_t cols = 1000, across = ceil_div(cols, most.cols);
+    const int64_t height = block_height(many, most.rows, 14), down = ceil_div(many, height);
+    const int64_t count = count_row_blocks(offsets.data(), 3, most, 14, cols);
     EXPECT_EQ(count, 2 * down * across);
-    const block last = find_row_block(offsets.data(), BLOCK_ROWS, 14, cols, count - 1);
+    const block last = find_row_block(offsets.data(), most, 14, cols, count - 1);
     EXPECT_EQ(last.expert, 2);
     EXPECT_EQ(last.row + last.rows, 2 * many);
     EXPECT_EQ(last.col + last.cols, cols);
@@ -60,7 +68,8 @@ TEST(Blocks, MoreThanTwoToThe31RowsAreCounted) {
 
 TEST(Blocks, MoreThanTwoToThe31ElementsOfWeightsAreCounted) {
     const int64_t E = 70000, rows = 40000, cols = 50000;
-    const block last = find_expert_block(rows, cols, count_expert_blocks(E, rows, cols) - 1);
+    const blocking most = BLOCKING_OF_LARGE_CACHES;
+    const block last = find_expert_block(most, rows, cols, count_expert_blocks(E, most, rows, cols) - 1);
     EXPECT_EQ(last.expert, E - 1);
     EXPECT_EQ(last.row + last.rows, rows);
     EXPECT_EQ(last.col + last.cols, cols);

@@ -31,6 +31,8 @@ typedef struct {
     const OPERAND *packed;
 } NAME(weights);
 
+enum { NAME(TURNED_AT_ONCE) = CACHE_LINE / 4 };
+
 /* NAME(pack_weights), NAME(pack_rows), NAME(turn) and NAME(packed_depth), NAME(GROUP) */
 #include PACKING
 

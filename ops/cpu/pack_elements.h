@@ -70,8 +70,11 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
     }
 }
 
-/* to[j, i] = from[i, j] */
+/* to[j, i] = from[i, j]. A few rows of `to` at a time: they are written from end to end, which the processor follows.
+ */
 static void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,
                        int64_t cols, OPERAND *to, int64_t to_stride) {
-    TRANSPOSE(kernels, from, from_stride, rows, cols, to, to_stride);
+    for (int64_t j = 0; j < cols; j += NAME(TURNED_AT_ONCE))
+        TRANSPOSE(kernels, from + j, from_stride, rows, least(NAME(TURNED_AT_ONCE), cols - j), to + j * to_stride,
+                  to_stride);
 }

@@ -38,6 +38,14 @@ static inline void set_pace(fetch *f, int64_t steps) {
     f->pace = steps > 0 ? ceil_div(FETCH_STEPS * lines_left(f), steps) : 0;
 }
 
+/* Rows, so many bytes apart, of which all lie in a second-level cache of 2048 sets: the sets that a power of two in the
+ * distance leaves hold SET_LINES of them each, without what else there is. */
+static inline int64_t rows_that_stay(int64_t stride) {
+    enum { SETS = 2048, SET_LINES = 6 };
+    const int64_t lines = stride / CACHE_LINE, step = lines & -lines;
+    return SET_LINES * (stride % CACHE_LINE != 0 || step == 0 ? SETS : SETS / least(step, SETS));
+}
+
 /* Part of a row that is soon read or written, into the first-level cache. */
 static inline void fetch_span(const void *first, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch((const char *)first + i, 1, 3);

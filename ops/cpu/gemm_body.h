@@ -148,7 +148,8 @@ static fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) 
     if (r->b.transposed)
         return make_fetch(r->b.data + r->place.col * r->b.stride + from, r->b.stride * size, r->place.cols,
                           deep * size);
-    return make_fetch(r->b.data + from * r->b.stride + r->place.col, r->b.stride * size, deep, r->place.cols * size);
+    return make_fetch(r->b.data + from * r->b.stride + r->place.col, r->b.stride * size,
+                      least(deep, rows_that_stay(r->b.stride * size)), r->place.cols * size);
 }
 
 /* With few rows every panel is read once, when its turn comes: in place, packed before, or packed now. */

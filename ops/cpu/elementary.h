@@ -64,6 +64,28 @@ IN_VECTORS float exp_f32(float x) {
     return p * power_of_two(half) * power_of_two(of.n - half);
 }
 
+/* exp for float32 where x <= 0, in fewer steps: a polynomial of order 6, 3e-9 off relative. Where float32 has no normal
+ * number for it, below least_exponent, it stays what it is there. */
+static const float least_exponent_f32 = -87;
+IN_VECTORS float exp_nonpositive_f32(float x) {
+    const float magic = 12582912.0f + 127; /* as in reduce: the lowest bits are then those of the exponent of 2^n */
+    const float above = x < least_exponent_f32 ? least_exponent_f32 : x;
+    const float shifted = fused(above, 1.44269504f, magic), n = shifted - magic;
+    const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, above));
+    float p = 1.38145988e-3f, scale;
+    p = fused(p, r, 8.36871658e-3f);
+    p = fused(p, r, 4.16683890e-2f);
+    p = fused(p, r, 1.66665211e-1f);
+    p = fused(p, r, 4.99999940e-1f);
+    p = fused(p, r, 1);
+    p = fused(p, r, 1);
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits <<= 23;
+    memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
 /* exp(x) - 1 - x without cancellation near 0. With exp(x) = 2^n exp(r) it is 2^n (exp(r) - 1 - r), which is small, plus
  * what is 0 for n = 0. Infinite from 88 on, where it is 1.6e38. */
 IN_VECTORS float exp_beyond_linear_f32(float x) {
@@ -99,6 +121,8 @@ IN_VECTORS float log_f32(float x) {
 }
 
 static inline double exp_f64(double x) { return exp(x); }
+static const double least_exponent_f64 = -745;
+static inline double exp_nonpositive_f64(double x) { return exp(x < least_exponent_f64 ? least_exponent_f64 : x); }
 static inline double exp_beyond_linear_f64(double x) {
     double series = 0; /* orders 2 to 14; the next term is below 2^-53 of the sum for |x| < 0.35 */
     for (int order = 14; order >= 2; order--) series = (series * x + 1) / order;

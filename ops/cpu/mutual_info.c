@@ -11,7 +11,7 @@
 
 /* --- The estimator of Kraskov, Stoegbauer and Grassberger ------------------------------------------------------------
  *
- * 1. For each modality, x and y of its n valid samples are sorted (two tasks).
+ * 1. The x of each modality's n valid samples are sorted, and y once for all modalities that miss no sample.
  * 2. The samples in order of x are cut into strips of equally many, each strip in order of y (one task a modality).
  *    Nearest neighbours then lie next to each other in a strip, or in the strips beside it.
  * 3. For each strip, each of its samples finds eps_i among the strips, nx_i in the sorted x and ny_i in the sorted y.
@@ -20,13 +20,14 @@
 enum { LEAST_STRIP = 16 }; /* samples: fewer save nothing */
 
 typedef struct {
-    int64_t n, strip;            /* valid samples; samples of a strip, fewer in the last */
-    double *sorted_x, *sorted_y; /* [n] */
-    int32_t *rank_x;             /* [N] by sample: place in sorted_x */
-    const sort_entry *by_y;      /* [n] samples in order of y */
-    double *x, *y;               /* [n] strip after strip */
-    int32_t *at_x, *at_y;        /* [n] likewise: place in sorted_x and in sorted_y */
-    double *sums;                /* [strips] of psi(nx + 1) + psi(ny + 1) */
+    int64_t n, strip;       /* valid samples; samples of a strip, fewer in the last */
+    double *sorted_x;       /* [n] */
+    const double *sorted_y; /* [n] */
+    int32_t *rank_x;        /* [N] by sample: place in sorted_x */
+    double *own_y;          /* [N] for the sorted y of a modality that misses samples */
+    double *x, *y;          /* [n] strip after strip */
+    int32_t *at_x, *at_y;   /* [n] likewise: place in sorted_x and in sorted_y */
+    double *sums;           /* [strips] of psi(nx + 1) + psi(ny + 1) */
 } ksg_modality;
 
 typedef struct {
@@ -38,7 +39,10 @@ typedef struct {
     double jitter;
     uint64_t seed;
     ksg_modality *modalities; /* [M] */
-    sort_entry *entries;      /* [M, 2 sides, 2, N]: to sort, and to sort into */
+    sort_entry *entries;      /* [M + 1, 2, N]: x of each modality, y; to sort, and to sort into */
+    int64_t n;                /* samples whose y is finite */
+    double *sorted_y;         /* [n] of these */
+    const sort_entry *by_y;   /* [n] these in order of y */
     double *psi;              /* [N + 1] from psi[1] on */
     int32_t *cursors;         /* [workers, most_strips] */
     int64_t most_strips;
@@ -57,7 +61,8 @@ static void lay_out(ksg *k, arena *memory, int workers) {
     const int64_t N = k->N, M = k->M;
     k->most_strips = N / LEAST_STRIP + 1;
     k->modalities = carve(memory, M * (int64_t)sizeof(ksg_modality));
-    k->entries = carve(memory, 4 * M * N * (int64_t)sizeof(sort_entry));
+    k->entries = carve(memory, 2 * (M + 1) * N * (int64_t)sizeof(sort_entry));
+    k->sorted_y = carve(memory, N * (int64_t)sizeof(double));
     k->psi = carve(memory, (N + 1) * (int64_t)sizeof(double));
     k->cursors = carve(memory, workers * k->most_strips * (int64_t)sizeof(int32_t));
 }
@@ -67,7 +72,7 @@ static void lay_out_modality(ksg_modality *s, arena *memory, int64_t N, int64_t 
     ksg_modality counted;
     if (!s) s = &counted;
     const int64_t doubles = N * (int64_t)sizeof(double), places = N * (int64_t)sizeof(int32_t);
-    s->sorted_x = carve(memory, doubles), s->sorted_y = carve(memory, doubles);
+    s->sorted_x = carve(memory, doubles), s->own_y = carve(memory, doubles);
     s->x = carve(memory, doubles), s->y = carve(memory, doubles);
     s->rank_x = carve(memory, places), s->at_x = carve(memory, places), s->at_y = carve(memory, places);
     s->sums = carve(memory, most_strips * (int64_t)sizeof(double));
@@ -91,25 +96,37 @@ static double load(mmbal_dtype dtype, const void *values, int64_t i) {
     return ((const double *)values)[i];
 }
 
-/* A normal number (Box and Muller, 1958) that seed, modality and sample determine. */
-static double normal_number(uint64_t seed, int64_t m, int64_t sample) {
-    const uint32_t counter[4] = {(uint32_t)sample, (uint32_t)m, 0, 0};
+enum { NORMALS = 4 };
+
+/* The normal numbers of NORMALS samples from a multiple of it on (Box and Muller, 1958). */
+static void normal_numbers(uint64_t seed, int64_t m, int64_t first, double normals[NORMALS]) {
+    const uint32_t counter[4] = {(uint32_t)(first / NORMALS), (uint32_t)m, 0, 0};
     const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
     uint32_t words[4];
     mmbal_philox4x32(counter, key, words);
-    const double above_zero = ((double)words[0] + 1) * 0x1p-32, turn = (double)words[1] * 0x1p-32;
-    return sqrt(-2 * log(above_zero)) * cos(6.283185307179586 * turn);
+    for (int i = 0; i < NORMALS; i += 2) {
+        const double above_zero = ((double)words[i] + 1) * 0x1p-32, turn = (double)words[i + 1] * 0x1p-32;
+        const double radius = sqrt(-2 * log(above_zero)), angle = 6.283185307179586 * turn;
+        normals[i] = radius * cos(angle), normals[i + 1] = radius * sin(angle);
+    }
 }
 
-/* The valid samples' x of modality m, or their y, scaled and jittered: values [n], with the samples they are from. */
+enum { ANY = -1 }; /* in place of a modality: samples whose y is finite, whatever x is */
+
+static int is_valid(const ksg *k, int64_t m, int64_t sample) {
+    if (!isfinite(load(k->dtype, k->y, sample))) return 0;
+    if (m == ANY) return 1;
+    const int64_t i = sample * k->M + m;
+    return (!k->present || k->present[i]) && isfinite(load(k->dtype, k->x, i));
+}
+
+/* The x of modality m's valid samples, or their y, scaled and jittered: values [n], with the samples they are from. */
 static int64_t gather(const ksg *k, int64_t m, int of_y, double *values, sort_entry *entries) {
     int64_t n = 0;
     double sum = 0, squares = 0, sizes = 0;
     for (int64_t sample = 0; sample < k->N; sample++) {
-        if (k->present && !k->present[sample * k->M + m]) continue;
-        const double x = load(k->dtype, k->x, sample * k->M + m), y = load(k->dtype, k->y, sample);
-        if (!isfinite(x) || !isfinite(y)) continue;
-        values[n] = of_y ? y : x;
+        if (!is_valid(k, m, sample)) continue;
+        values[n] = of_y ? load(k->dtype, k->y, sample) : load(k->dtype, k->x, sample * k->M + m);
         entries[n].from = (int32_t)sample;
         sum += values[n++];
     }
@@ -121,31 +138,42 @@ static int64_t gather(const ksg *k, int64_t m, int of_y, double *values, sort_en
     if (k->jitter > 0) {
         for (int64_t i = 0; i < n; i++) sizes += fabs(values[i]);
         const double size = sizes / (double)n, scale = k->jitter * (size > 1 ? size : 1);
-        for (int64_t i = 0; i < n; i++) /* y has one number for a sample, whatever the modality */
-            values[i] += scale * normal_number(k->seed, of_y ? -1 : m, entries[i].from);
+        double normals[NORMALS];
+        int64_t first = -1; /* sample of normals */
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t sample = entries[i].from, wanted = sample / NORMALS * NORMALS;
+            /* y has one number for a sample, whatever the modality */
+            if (wanted != first) normal_numbers(k->seed, of_y ? ANY : m, wanted, normals);
+            first = wanted;
+            values[i] += scale * normals[sample - first];
+        }
     }
     for (int64_t i = 0; i < n; i++) entries[i].key = sort_key(values[i]);
     return n;
 }
 
+/* Sorts what gather finds into values; returns n, and the samples in this order. entries: [2, N]. */
+static int64_t gather_sorted(const ksg *k, int64_t m, int of_y, double *values, sort_entry *entries,
+                             const sort_entry **order) {
+    const int64_t n = gather(k, m, of_y, values, entries);
+    *order = radix_sort(entries, entries + k->N, n);
+    for (int64_t i = 0; i < n; i++) values[i] = sorted_number((*order)[i].key);
+    return n;
+}
+
 static mmbal_status sort_task(void *context, int worker, int64_t begin, int64_t end) {
     (void)worker;
-    const ksg *k = context;
-    for (int64_t job = begin; job < end; job++) {
-        const int64_t m = job / 2;
-        const int of_y = (int)(job % 2);
-        ksg_modality *s = &k->modalities[m];
-        double *sorted = of_y ? s->sorted_y : s->sorted_x;
-        sort_entry *entries = k->entries + job * 2 * k->N;
-        const int64_t n = gather(k, m, of_y, sorted, entries);
-        const sort_entry *order = radix_sort(entries, entries + k->N, n);
-        for (int64_t i = 0; i < n; i++) sorted[i] = sorted_number(order[i].key);
-        if (of_y) {
-            s->by_y = order;
-        } else {
-            s->n = n, s->strip = strip_size(n, k->neighbors);
-            for (int64_t i = 0; i < n; i++) s->rank_x[order[i].from] = (int32_t)i;
+    ksg *k = context;
+    for (int64_t m = begin; m < end; m++) {
+        sort_entry *entries = k->entries + m * 2 * k->N;
+        if (m == k->M) {
+            k->n = gather_sorted(k, ANY, 1, k->sorted_y, entries, &k->by_y);
+            continue;
         }
+        ksg_modality *s = &k->modalities[m];
+        const sort_entry *by_x;
+        s->n = gather_sorted(k, m, 0, s->sorted_x, entries, &by_x), s->strip = strip_size(s->n, k->neighbors);
+        for (int64_t i = 0; i < s->n; i++) s->rank_x[by_x[i].from] = (int32_t)i;
     }
     return MMBAL_OK;
 }
@@ -156,10 +184,16 @@ static mmbal_status strip_task(void *context, int worker, int64_t begin, int64_t
     int32_t *next = k->cursors + worker * k->most_strips;
     for (int64_t m = begin; m < end; m++) {
         ksg_modality *s = &k->modalities[m];
+        const sort_entry *by_y = k->by_y;
+        s->sorted_y = k->sorted_y;
+        if (s->n < k->n) { /* it misses a sample; what sorted x is not needed any more */
+            s->sorted_y = s->own_y;
+            gather_sorted(k, m, 1, s->own_y, k->entries + m * 2 * k->N, &by_y);
+        }
         const int64_t strips = count_strips(s);
         for (int64_t b = 0; b < strips; b++) next[b] = (int32_t)(b * s->strip);
         for (int64_t i = 0; i < s->n; i++) {
-            const int32_t rank = s->rank_x[s->by_y[i].from], place = next[rank / s->strip]++;
+            const int32_t rank = s->rank_x[by_y[i].from], place = next[rank / s->strip]++;
             s->x[place] = s->sorted_x[rank], s->at_x[place] = rank;
             s->y[place] = s->sorted_y[i], s->at_y[place] = (int32_t)i;
         }
@@ -231,20 +265,31 @@ static double neighbor_distance(const ksg_modality *s, int64_t strip, int64_t i,
     return bound(&found);
 }
 
-static inline int is_within(double distance, double eps) { return distance < eps || (eps == 0 && distance == 0); }
+/* The largest distance that counts: the number before eps, so that distance <= it where distance < eps; 0 for eps = 0.
+ */
+static inline double largest_within(double eps) {
+    uint64_t bits;
+    memcpy(&bits, &eps, sizeof bits);
+    bits -= bits > 0;
+    memcpy(&eps, &bits, sizeof eps);
+    return eps;
+}
 
-/* #{j != at : |sorted[j] - sorted[at]| < eps}, or = 0 for eps = 0, by steps that double and then halve; the predicate
- * is that of the distances themselves. */
-static int64_t count_within(const double *sorted, int64_t n, int64_t at, double eps) {
-    const double value = sorted[at];
-    int64_t last = at, first = at, step = 1;
-    for (; last + step < n && is_within(sorted[last + step] - value, eps); step *= 2) last += step;
-    for (; step > 0; step /= 2)
-        if (last + step < n && is_within(sorted[last + step] - value, eps)) last += step;
-    for (step = 1; first - step >= 0 && is_within(value - sorted[first - step], eps); step *= 2) first -= step;
-    for (; step > 0; step /= 2)
-        if (first - step >= 0 && is_within(value - sorted[first - step], eps)) first -= step;
-    return last - first;
+/* The others within that distance of sorted[at] for x and y at once, by halving what is left. All samples take the same
+ * steps without a branch, so that those of one go on while another's wait for memory; the predicate is that of the
+ * distances themselves. */
+static inline void count_within(const ksg_modality *s, int64_t at_x, int64_t at_y, double most, int64_t *nx,
+                                int64_t *ny) {
+    const double *xs = s->sorted_x, *ys = s->sorted_y, x = xs[at_x], y = ys[at_y];
+    int64_t last_x = 0, last_y = 0, first_x = 0, first_y = 0; /* first: samples before it */
+    for (int64_t left = s->n; left > 1; left -= left / 2) {
+        const int64_t half = left / 2;
+        last_x += half & -(int64_t)(xs[last_x + half] - x <= most);
+        last_y += half & -(int64_t)(ys[last_y + half] - y <= most);
+        first_x += half & -(int64_t)(x - xs[first_x + half - 1] > most);
+        first_y += half & -(int64_t)(y - ys[first_y + half - 1] > most);
+    }
+    *nx = last_x - first_x - (x - xs[first_x] > most), *ny = last_y - first_y - (y - ys[first_y] > most);
 }
 
 static mmbal_status count_task(void *context, int worker, int64_t begin, int64_t end) {
@@ -259,8 +304,8 @@ static mmbal_status count_task(void *context, int worker, int64_t begin, int64_t
         double sum = 0;
         for (int64_t i = strip * s->strip; i < last; i++) {
             const double eps = neighbor_distance(s, strip, i, k->neighbors, cursors);
-            const int64_t nx = count_within(s->sorted_x, s->n, s->at_x[i], eps);
-            const int64_t ny = count_within(s->sorted_y, s->n, s->at_y[i], eps);
+            int64_t nx, ny;
+            count_within(s, s->at_x[i], s->at_y[i], largest_within(eps), &nx, &ny);
             sum += k->psi[nx + 1] + k->psi[ny + 1];
         }
         s->sums[strip] = sum;
@@ -287,7 +332,7 @@ mmbal_status mmbal_ksg_mutual_info(mmbal_dtype dtype, const void *x, const void 
     lay_out(&k, &memory, pool->workers);
     for (int64_t m = 0; m < M; m++) lay_out_modality(&k.modalities[m], &memory, N, k.most_strips);
 
-    mmbal_status status = pool->run(pool->self, 2 * M, 1, sort_task, &k);
+    mmbal_status status = pool->run(pool->self, M + 1, 1, sort_task, &k);
     if (status == MMBAL_OK) status = pool->run(pool->self, M, 1, strip_task, &k);
     if (status != MMBAL_OK) return status;
     if (N > neighbors) fill_psi(k.psi, N);

@@ -40,8 +40,10 @@ static inline void fetch_part(const void *first, int64_t bytes, int64_t part, in
     }
 }
 
-/* Elements of a tile of logits: whole rows of C classes, one at least. */
-static inline int64_t categorical_tile(int64_t C) { return C < TILE ? TILE / C * C : C; }
+/* A tile of logits: whole rows of C classes, one at least, and in the workspace whole blocks of PARTS for each. */
+static inline int64_t tile_rows(int64_t C) { return C < TILE ? TILE / C : 1; }
+static inline int64_t row_stride(int64_t C) { return (C + PARTS - 1) / PARTS * PARTS; }
+static inline int64_t categorical_tile(int64_t C) { return tile_rows(C) * row_stride(C); }
 
 /* Normal distributions: standard deviations by their logarithms (Gaussian), or the residuals of a target. */
 typedef struct {

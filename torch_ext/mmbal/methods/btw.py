@@ -33,6 +33,11 @@ def _positive(name: str, value: float) -> None:
         raise ValueError(f"BTW: {name} must be finite and greater than 0, got {value}")
 
 
+def _all_finite(values: Tensor) -> bool:
+    """In one sweep: a finite sum has finite terms. False may be a sum too large."""
+    return math.isfinite(values.sum())
+
+
 class BTW(nn.Module):
     """Weights for the embeddings of each sample's modalities, from how far each modality's own prediction is from the
     fused one (KL, for every sample) and how much it says about it (mutual information, for every modality).
@@ -224,10 +229,12 @@ class BTW(nn.Module):
     def _known(self, rows: list[Tensor | None]) -> list[Tensor | None]:
         """index, each, fused, target and more without the rows whose fused prediction or target is not a number."""
         _, _, fused_NK, target_NK, *_ = rows
+        more = [t for t in (target_NK, rows[-1] if self.sigma_source == "head" else None) if t is not None]
+        if self.task == "regression" and all(map(_all_finite, (fused_NK, *more))):
+            return rows
         known = self._is_known(fused_NK)
-        for more_NK in (target_NK, rows[-1] if self.sigma_source == "head" else None):
-            if more_NK is not None:
-                known &= more_NK.isfinite().all(1)
+        for more_NK in more:
+            known &= more_NK.isfinite().all(1)
         return rows if known.all() else [None if t is None else t[known] for t in rows]
 
     # --- The two factors -------------------------------------------------------------------------------------------
@@ -240,7 +247,8 @@ class BTW(nn.Module):
             pairs = torch.stack([each_NMK, torch.zeros_like(each_NMK)], -1).transpose(0, 1).reshape(M, N * K, 2)
             fused = torch.stack([fused_NK, torch.zeros_like(fused_NK)], -1).reshape(N * K, 2)
             return ops.categorical_kl(pairs, fused).reshape(N, K, M).sum(1)
-        each_NMK = torch.where(each_NMK.isfinite(), each_NMK, math.nan)
+        if not _all_finite(each_NMK):
+            each_NMK = torch.where(each_NMK.isfinite(), each_NMK, math.nan)
         mu, fused_mu = each_NMK.transpose(1, 2).reshape(N * K, M), fused_NK.reshape(N * K)
         if target_NK is not None:
             kl = ops.residual_kl(mu, fused_mu, target_NK.reshape(N * K), self.sigma_min)
@@ -255,7 +263,7 @@ class BTW(nn.Module):
                 log_sigma = log_sigma_NMK.transpose(1, 2).reshape(N * K, M)
                 fused_log_sigma = fused_log_sigma_NK.reshape(N * K)
             kl = ops.gaussian_kl(mu, log_sigma, fused_mu, fused_log_sigma)
-        return kl.reshape(N, K, M).sum(1)
+        return kl if K == 1 else kl.reshape(N, K, M).sum(1)
 
     def _mutual_info(self, each_NMK, fused_NK, present_NM) -> Tensor:
         """[M] float64; what too few samples say nothing about stays as it was."""
@@ -349,8 +357,11 @@ class BTW(nn.Module):
         alpha = float(self.alpha)
         if self.table is not None:
             ops.ema_rows_(self.table, index, fresh, alpha)
-        counted = ~kl.isnan() if present is None else present & ~kl.isnan()
-        mean = (fresh * counted).sum(0, dtype=torch.float64) / counted.sum(0)
+        if present is None and _all_finite(kl):
+            counts = kl.shape[0]
+        else:
+            counts = (~kl.isnan() if present is None else present & ~kl.isnan()).sum(0)
+        mean = fresh.sum(0, dtype=torch.float64) / counts  # what does not count weighs 0
         self.mean.copy_(torch.where(mean.isnan(), self.mean, alpha * mean + (1 - alpha) * self.mean))
         self.mutual_info.copy_(mutual_info)
         self.updates += 1

@@ -83,39 +83,53 @@ enum {
 };
 
 #ifndef __clang__ /* which has no __builtin_shuffle */
+/* For rows of M terms in a vector, lane r: the sum of row r. */
+IN_VECTORS NAME(lanes) NAME(sums_of_rows)(NAME(lanes) terms, const NAME(lane_integers) * of_modality, int64_t M) {
+    NAME(lanes) sum = {0};
+#pragma GCC unroll 16
+    for (int64_t m = 0; m < M; m++) sum += __builtin_shuffle(terms, of_modality[m]);
+    return sum;
+}
+
 static inline NAME(lanes) NAME(where)(NAME(lane_integers) condition, NAME(lanes) value) {
     return (NAME(lanes))(condition & (NAME(lane_integers))value);
 }
 
-static int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(weight_terms) * terms, int mean_one,
-                                   int64_t rows, int64_t M, REAL *restrict weights) {
-    const int64_t in_vector = NAME(LANES) / M, whole = rows * M - NAME(LANES);
-    NAME(lanes) modality, floor, ceiling;
-    NAME(lane_integers) of_row[NAME(LANES)]; /* of_row[m]: for each lane, that of modality m in its row */
-    for (int i = 0; i < NAME(LANES); i++) {
-        modality[i] = terms->modality[i % M], floor[i] = terms->floor, ceiling[i] = terms->ceiling;
-        for (int64_t m = 0; m < M; m++) of_row[m][i] = i / M < in_vector ? i / M * M + m : i;
+IN_VECTORS int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(weight_terms) * terms, int mean_one,
+                                       int64_t rows, int64_t M, REAL *restrict weights) {
+    /* Division takes longest, so two vectors share one: rows of 2 or more fill half of the lanes at most. */
+    enum { LANES = NAME(LANES), HALF = LANES / 2, PAIR = 2 };
+    const int64_t step = LANES / M * M, most = rows * M - step - LANES;
+    const REAL floor = terms->floor, ceiling = terms->ceiling;
+    REAL modality[LANES];
+    NAME(lane_integers) both, row[PAIR], of_modality[LANES]; /* of_modality[m], lane r: that of modality m in row r */
+    for (int i = 0; i < LANES; i++) {
+        modality[i] = terms->modality[i % M];
+        both[i] = i < HALF ? i : LANES + i - HALF, row[0][i] = i / M, row[1][i] = HALF + i / M;
+        for (int64_t m = 0; m < M; m++) of_modality[m][i] = i < LANES / M ? i * M + m : 0;
     }
-    const NAME(lanes) one = (NAME(lanes)){0} + 1;
     int64_t i = 0;
-    for (; i <= whole; i += in_vector * M) {
-        NAME(lanes) value, total = {0}, counted = {0};
-        for (int lane = 0; lane < NAME(LANES); lane++) value[lane] = LOAD(kl[i + lane]);
-        const NAME(lane_integers) counts = value == value, below = value < ceiling;
-        NAME(lanes)
-        D = (NAME(lanes))((NAME(lane_integers))NAME(where)(below, value) |
-                          (NAME(lane_integers))NAME(where)(~below, ceiling));
-        const NAME(lane_integers) above = D > floor;
-        D = (NAME(lanes))((NAME(lane_integers))NAME(where)(above, D) | (NAME(lane_integers))NAME(where)(~above, floor));
-        const NAME(lanes) share = NAME(where)(counts, D * modality);
-        for (int64_t m = 0; m < M; m++) total += __builtin_shuffle(share, of_row[m]);
-        NAME(lanes) weight = share * NAME(where)(total > 0, one / total);
-        if (mean_one) {
-            const NAME(lanes) ones = NAME(where)(counts, one);
-            for (int64_t m = 0; m < M; m++) counted += __builtin_shuffle(ones, of_row[m]);
-            weight *= counted;
+    for (; i <= most; i += PAIR * step) {
+        NAME(lanes) share[PAIR], one[PAIR], total[PAIR];
+#pragma GCC unroll 2
+        for (int v = 0; v < PAIR; v++) {
+            REAL shares[LANES], ones[LANES];
+            for (int lane = 0; lane < LANES; lane++) {
+                const REAL value = LOAD(kl[i + v * step + lane]), below = value < ceiling ? value : ceiling;
+                shares[lane] = value == value ? (below > floor ? below : floor) * modality[lane] : 0;
+                ones[lane] = value == value;
+            }
+            memcpy(&share[v], shares, sizeof shares), memcpy(&one[v], ones, sizeof ones);
+            total[v] = NAME(sums_of_rows)(share[v], of_modality, M);
         }
-        memcpy(weights + i, &weight, sizeof weight);
+        const NAME(lanes) totals = __builtin_shuffle(total[0], total[1], both);
+        const NAME(lanes) inverses = NAME(where)(totals > 0, 1 / totals);
+#pragma GCC unroll 2
+        for (int v = 0; v < PAIR; v++) {
+            NAME(lanes) weight = share[v] * __builtin_shuffle(inverses, row[v]);
+            if (mean_one) weight *= __builtin_shuffle(NAME(sums_of_rows)(one[v], of_modality, M), row[0]);
+            memcpy(weights + i + v * step, &weight, sizeof weight);
+        }
     }
     return i / M;
 }
@@ -127,9 +141,15 @@ static mmbal_status NAME(weights_task)(void *context, int worker, int64_t begin,
     const NAME(weight_terms) terms = NAME(terms_of)(t);
     const int64_t M = t->M, most = TILE / M;
 #ifndef __clang__
-    if (NAME(CHOOSES_LANES) && t->options->mode == MMBAL_BTW_DIVERGE && !t->present && M <= NAME(LANES))
-        begin += NAME(weigh_vectors)((const STORED *)t->kl + begin * M, &terms, t->options->mean_one, end - begin, M,
-                                     (REAL *)t->weights + begin * M);
+    if (NAME(CHOOSES_LANES) && t->options->mode == MMBAL_BTW_DIVERGE && !t->present && M >= 2 && M <= NAME(LANES)) {
+        const STORED *kl = (const STORED *)t->kl + begin * M;
+        REAL *weights = (REAL *)t->weights + begin * M;
+        int64_t done = 0;
+#define WEIGH(M) done = NAME(weigh_vectors)(kl, &terms, t->options->mean_one, end - begin, M, weights)
+        FOR_USUAL_WIDTHS(M, WEIGH)
+#undef WEIGH
+        begin += done;
+    }
 #endif
     REAL columns[TILE], scale[TILE];
     for (int64_t n = begin; n < end; n += most) {

@@ -39,11 +39,11 @@ static inline void set_pace(fetch *f, int64_t steps) {
 }
 
 /* Rows, so many bytes apart, of which all lie in a second-level cache of 2048 sets: the sets that a power of two in the
- * distance leaves hold SET_LINES of them each, without what else there is. */
+ * distance leaves hold six lines of them each, beside what else there is. */
 static inline int64_t rows_that_stay(int64_t stride) {
-    enum { SETS = 2048, SET_LINES = 6 };
-    const int64_t lines = stride / CACHE_LINE, step = lines & -lines;
-    return SET_LINES * (stride % CACHE_LINE != 0 || step == 0 ? SETS : SETS / least(step, SETS));
+    const int64_t sets = 2048, lines_of_a_set = 6, lines = stride / CACHE_LINE, power_of_two = lines & -lines;
+    const int spread = stride % CACHE_LINE != 0 || lines == 0;
+    return lines_of_a_set * (spread ? sets : sets / least(power_of_two, sets));
 }
 
 /* Part of a row that is soon read or written, into the first-level cache. */

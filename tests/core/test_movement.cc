@@ -100,6 +100,17 @@ TEST(Fetch, NothingToFetchHasNoPace) {
     EXPECT_EQ(lines_left(&nothing), 0);
 }
 
+// Counted: the sets of 64-byte lines in a cache of 2048 sets that rows so far apart begin in.
+TEST(Fetch, RowsThatStayFillTheirSetsAlike) {
+    for (int64_t stride : {64, 192, 1024, 3072, 3136, 4096, 12288, 16384, 131072, 262144}) {
+        std::vector<int> lines(2048);
+        const int64_t rows = rows_that_stay(stride);
+        for (int64_t row = 0; row < rows; row++) lines[row * stride / 64 % 2048]++;
+        for (int count : lines) EXPECT_TRUE(count == 0 || count == 6) << stride;
+    }
+    EXPECT_EQ(rows_that_stay(4100), rows_that_stay(64)); // neither ends on a line: they spread by themselves
+}
+
 TEST(Fetch, LinesAreThoseOfTheRowsInTheirOrder) {
     const std::vector<char> memory(4096);
     fetch ahead = make_fetch(memory.data(), 1000, 3, 130);

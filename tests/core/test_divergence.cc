@@ -378,6 +378,25 @@ TEST(Divergence64, OfAClassThatOneSideLacksIsNothingOrInfinite) {
     EXPECT_EQ(kl, 0);
 }
 
+// The fused row gives its last class e^-100: 0 in float32, but not to the divergence.
+TEST(Divergence32, OfAClassFarBelowTheLargestIsThatOfItsLogit) {
+    for (int64_t C : {2, 24, 25, 47, 100}) {
+        std::vector<float> z(C, 0), zq(C, 0);
+        zq[C - 1] = -100;
+        const mmbal_pool pool = mmbal_pool_serial();
+        std::vector<char> workspace(mmbal_categorical_kl_workspace(MMBAL_F32, C, &pool));
+        float kl;
+        const auto run = [&](int reverse) {
+            return mmbal_categorical_kl(MMBAL_F32, z.data(), zq.data(), 1, 1, C, reverse, &kl, workspace.data(), &pool);
+        };
+        const auto classes = static_cast<double>(C), others = classes - 1;
+        ASSERT_EQ(run(0), MMBAL_OK);
+        EXPECT_NEAR(kl, 100 / classes + std::log(others / classes), 1e-5 * kl) << C;
+        ASSERT_EQ(run(1), MMBAL_OK);
+        EXPECT_NEAR(kl, std::log(classes / others), 1e-6) << C;
+    }
+}
+
 TEST(DivergenceErrors, RefuseSizesAndDtypesOutsideTheContract) {
     const Normal<F32> p(2, 3, false);
     const Categorical<F32> c(2, 3, 4);

@@ -183,6 +183,24 @@ TEST(KsgMutualInfo, IsTheSameForAnyThreads) {
     });
 }
 
+// Modalities that miss nothing share what is sorted of y; the others have their own.
+TEST(KsgMutualInfo, IsTheSameForAnyThreadsWhereSomeModalitiesMissSamples) {
+    for (double jitter : {0.0, 1e-10}) {
+        Ksg problem = dependent(700, 4, 8);
+        problem.jitter = jitter;
+        problem.present.assign(700 * 4, 1);
+        for (int64_t n = 0; n < 700; n += 3) problem.present[n * 4 + 1] = 0;
+        for (int64_t n = 0; n < 300; n++) problem.present[n * 4 + 2] = 0;
+        const std::vector<double> expected = problem.run();
+        for (int64_t m = 0; m < 4 && jitter == 0; m++) EXPECT_NEAR(expected[m], problem.plain(m), 1e-12) << m;
+        for_each_pool([&](const std::string &name, const mmbal_pool &pool) {
+            std::vector<double> mi;
+            ASSERT_EQ(problem.run(pool, &mi), MMBAL_OK);
+            EXPECT_TRUE(same_bits(mi, expected)) << name;
+        });
+    }
+}
+
 TEST(KsgMutualInfo, JitterBreaksTiesBySeedAlone) {
     Ksg problem = dependent(400, 2, 10);
     problem.jitter = 1e-10;

@@ -28,7 +28,8 @@ unsigned mmbal_cpu_features(void);
  * bfloat16 is multiplied faster as float32: Intel's processors, 87 against 175 GFLOP/s a core (tests/bench/peak.c). */
 int mmbal_bfloat16_pairs_are_slow(void);
 
-/* 1 where a core has 48 KiB of first-level and 2 MiB of second-level cache or more. */
+/* 1 where a core has 48 KiB of first-level and 2 MiB of second-level cache or more, or where the environment variable
+ * MMBAL_CACHES=small|large says so, for tests and comparisons. */
 int mmbal_caches_are_large(void);
 
 /* The best instruction set that the processor has, this build has kernels for, and the environment variable

@@ -71,8 +71,9 @@ int64_t mmbal_categorical_kl_workspace(mmbal_dtype dtype, int64_t C, const mmbal
 
 /* Softmax distributions p = softmax(logits[m,n,:]) and q = softmax(fused_logits[n,:]), C >= 1:
  *   kl[n,m] = sum_c p (ln p - ln q); reverse: sum_c q (ln q - ln p)
- * A class of probability 0 adds nothing; one that only the second distribution lacks makes the sum infinite. In float32
- * a class whose logit is more than 87 below the largest of its row has probability 0. */
+ * A class that the first distribution lacks adds nothing, and gets no gradient: one whose logit is more than 87
+ * (float64: 745) below the largest of its row. A logit of -inf in the second alone makes the sum infinite; what lies
+ * above counts by its logit, however small its probability is. */
 mmbal_status mmbal_categorical_kl(mmbal_dtype dtype, const void *logits,                  /* [M, N, C] */
                                   const void *fused_logits,                               /* [N, C] */
                                   int64_t M, int64_t N, int64_t C, int reverse, void *kl, /* [N, M] real, out */

@@ -94,6 +94,9 @@ int mmbal_bfloat16_pairs_are_slow(void) {
 }
 
 static int find_large_caches(void) {
+    const char *wanted = getenv("MMBAL_CACHES");
+    if (wanted && strcmp(wanted, "small") == 0) return 0;
+    if (wanted && strcmp(wanted, "large") == 0) return 1;
 #if defined _SC_LEVEL1_DCACHE_SIZE && defined _SC_LEVEL2_CACHE_SIZE
     return sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10 && sysconf(_SC_LEVEL2_CACHE_SIZE) >= 2 << 20;
 #else
@@ -111,13 +114,14 @@ static int choose_isa(void) {
     const char *wanted = getenv("MMBAL_ISA");
     if (wanted && mmbal_isa_from_name(wanted, &asked) && asked < cap) cap = asked;
     const unsigned features = mmbal_cpu_features();
+    const int pairs = asked == MMBAL_ISA_AVX512_BF16 || !mmbal_bfloat16_pairs_are_slow();
     if (features & MMBAL_CPU_AVX2_FMA) best = MMBAL_ISA_AVX2;
     if (features & MMBAL_CPU_AVX512) best = MMBAL_ISA_AVX512;
-    if (features & MMBAL_CPU_AVX512_BF16 && (asked == MMBAL_ISA_AVX512_BF16 || !mmbal_bfloat16_pairs_are_slow()))
-        best = MMBAL_ISA_AVX512_BF16;
+    if (features & MMBAL_CPU_AVX512_BF16) best = MMBAL_ISA_AVX512_BF16;
     if (features & MMBAL_CPU_AMX_BF16) best = MMBAL_ISA_AMX;
     if (best > cap) best = cap;
-    while (!mmbal_kernels_of(best)) best--; /* a build without the compiler's support for an instruction set */
+    /* a build without the compiler's support for an instruction set, or one that is no gain here */
+    while (!mmbal_kernels_of(best) || (best == MMBAL_ISA_AVX512_BF16 && !pairs)) best--;
     return best;
 }
 

@@ -3,7 +3,7 @@
  * over r are vectors; many as rows [r, C], each a vector itself. */
 
 /* Distributions of a tile, not divided by their sums: with x = logit - largest logit of the row,
- * p = exp(x) / total, ln p = x - ln total. Below least_exponent p counts as 0, though exp_x is not. */
+ * p = exp(x) / total, ln p = x - ln total. Below least_exponent p is 0. */
 typedef struct {
     REAL *x, *exp_x;  /* [C, r] or [r, C] */
     REAL total[TILE]; /* [r] */
@@ -225,7 +225,8 @@ static void NAME(add_slopes)(int reverse, const REAL *g, const REAL *kl, int64_t
             const REAL p = modality->exp_x[i] * inverse[r], q = fused->exp_x[i] * fused_inverse[r];
             const REAL share = reverse ? q : p, ahead = reverse ? -log_odds : log_odds;
             const int lacks = (reverse ? fused_x : x) < OF_REAL(least_exponent);
-            const REAL to_first = lacks ? 0 : g[r] * share * (ahead - kl[r]);
+            const int is_number = kl[r] == kl[r]; /* of a row that is none, no gradient is */
+            const REAL to_first = lacks && is_number ? 0 : g[r] * share * (ahead - kl[r]);
             const REAL to_second = g[r] * (reverse ? p - q : q - p);
             /* g = 0 whatever the row holds: a missing modality may hold NaN */
             dfused[i] += g[r] == 0 ? 0 : reverse ? to_first : to_second;

@@ -64,8 +64,8 @@ IN_VECTORS float exp_f32(float x) {
     return p * power_of_two(half) * power_of_two(of.n - half);
 }
 
-/* exp for float32 where x <= 0, in fewer steps: a polynomial of order 6, 3e-9 off relative. Where float32 has no normal
- * number for it, below least_exponent, it stays what it is there. */
+/* exp for float32 where x <= 0, in fewer steps: a polynomial of order 6, 3e-9 off relative. 0 below least_exponent,
+ * where float32 has no normal number for it. */
 static const float least_exponent_f32 = -87;
 IN_VECTORS float exp_nonpositive_f32(float x) {
     const float magic = 12582912.0f + 127; /* as in reduce: the lowest bits are then those of the exponent of 2^n */
@@ -83,7 +83,7 @@ IN_VECTORS float exp_nonpositive_f32(float x) {
     memcpy(&bits, &shifted, sizeof bits);
     bits <<= 23;
     memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
+    return x < least_exponent_f32 ? 0 : p * scale;
 }
 
 /* exp(x) - 1 - x without cancellation near 0. With exp(x) = 2^n exp(r) it is 2^n (exp(r) - 1 - r), which is small, plus
@@ -122,7 +122,7 @@ IN_VECTORS float log_f32(float x) {
 
 static inline double exp_f64(double x) { return exp(x); }
 static const double least_exponent_f64 = -745;
-static inline double exp_nonpositive_f64(double x) { return exp(x < least_exponent_f64 ? least_exponent_f64 : x); }
+static inline double exp_nonpositive_f64(double x) { return x < least_exponent_f64 ? 0 : exp(x); }
 static inline double exp_beyond_linear_f64(double x) {
     double series = 0; /* orders 2 to 14; the next term is below 2^-53 of the sum for |x| < 0.35 */
     for (int order = 14; order >= 2; order--) series = (series * x + 1) / order;

@@ -397,6 +397,48 @@ TEST(Divergence32, OfAClassFarBelowTheLargestIsThatOfItsLogit) {
     }
 }
 
+// The last class is masked in both rows, as for a class that a sample cannot have.
+TEST(Divergence32, OfAMaskedClassHasNoGradient) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (int64_t C : {3, 24, 25, 40, 64}) {
+        for (float mask : {-infinity, std::numeric_limits<float>::lowest(), -200.0f}) {
+            std::vector<float> z(C, 0), zq(C, 1);
+            z[0] = 2, z[C - 1] = mask, zq[C - 1] = mask;
+            const mmbal_pool pool = mmbal_pool_serial();
+            std::vector<char> workspace(mmbal_categorical_kl_workspace(MMBAL_F32, C, &pool));
+            const float dkl = 1;
+            for (int reverse : {0, 1}) {
+                std::vector<float> dlogits(C, NAN), dfused(C, NAN);
+                ASSERT_EQ(mmbal_categorical_kl_backward(MMBAL_F32, &dkl, z.data(), zq.data(), 1, 1, C, reverse,
+                                                        dlogits.data(), dfused.data(), workspace.data(), &pool),
+                          MMBAL_OK);
+                EXPECT_EQ(dlogits[C - 1], 0) << C << " " << mask << " " << reverse;
+                EXPECT_EQ(dfused[C - 1], 0) << C << " " << mask << " " << reverse;
+                EXPECT_NE(dlogits[0], 0) << C;
+                EXPECT_NE(dfused[0], 0) << C;
+            }
+        }
+    }
+}
+
+TEST(Divergence32, OfARowThatIsNoNumberIsNoNumberInValueAndGradients) {
+    for (int64_t C : {3, 40}) {
+        std::vector<float> z(C, 0), zq(C, 0), dlogits(C), dfused(C);
+        z[1] = std::numeric_limits<float>::quiet_NaN(), z[0] = -std::numeric_limits<float>::infinity();
+        const mmbal_pool pool = mmbal_pool_serial();
+        std::vector<char> workspace(mmbal_categorical_kl_workspace(MMBAL_F32, C, &pool));
+        const float dkl = 1;
+        float kl = 0;
+        ASSERT_EQ(mmbal_categorical_kl(MMBAL_F32, z.data(), zq.data(), 1, 1, C, 0, &kl, workspace.data(), &pool),
+                  MMBAL_OK);
+        EXPECT_TRUE(std::isnan(kl));
+        ASSERT_EQ(mmbal_categorical_kl_backward(MMBAL_F32, &dkl, z.data(), zq.data(), 1, 1, C, 0, dlogits.data(),
+                                                dfused.data(), workspace.data(), &pool),
+                  MMBAL_OK);
+        for (float slope : dlogits) EXPECT_TRUE(std::isnan(slope)) << C;
+    }
+}
+
 TEST(DivergenceErrors, RefuseSizesAndDtypesOutsideTheContract) {
     const Normal<F32> p(2, 3, false);
     const Categorical<F32> c(2, 3, 4);

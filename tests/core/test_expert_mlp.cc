@@ -102,7 +102,9 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenWeightsAreLargeEnoughToBypassTheCach
 
 TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
     for (const Spec &s : {Spec{}, Spec{.N = 70, .D = 1, .F = 1}, Spec{.N = 30, .D = 600, .F = 259, .E = 3},
-                          Spec{.N = 700, .D = 19, .F = 200, .E = 3, .K = 2}}) {
+                          Spec{.N = 700, .D = 19, .F = 200, .E = 3, .K = 2},
+                          Spec{.N = 200, .D = 1100, .F = 64, .E = 1, .K = 1}, // several steps of many rows
+                          Spec{.N = 150, .D = 67, .F = 1091, .E = 1, .K = 1}}) {
         Problem<TypeParam> p(s);
         const mmbal_pool pool = mmbal_pool_serial();
         Guarded<unsigned char> packed(mmbal_expert_mlp_packed_bytes(TypeParam::dtype, s.shape()));

@@ -30,7 +30,7 @@ def _bfloat16() -> str:
 
     if _core.multiplies_bfloat16():
         return "multiplied in pairs by the kernels in use"
-    if "avx512_bf16" in _core.cpu_features() and _core.bfloat16_pairs_are_slow():
+    if _core.isa_in_use() == "avx512" and "avx512_bf16" in _core.cpu_features() and _core.bfloat16_pairs_are_slow():
         why = "faster here than this processor's products of pairs (MMBAL_ISA=avx512_bf16 takes those)"
     else:
         why = "no bfloat16 instructions in use, so no faster than float32"

@@ -51,7 +51,7 @@ def main(source: Path, target: Path) -> None:
         axis.set_ylabel("GFLOP/s, forward + backward")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False, loc="lower right", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle("Training a mixture of 4 experts, 2 a token, 768 x 3072, on two cores", fontsize=11)
     figure.savefig(target, dpi=140)
 

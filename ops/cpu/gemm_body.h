@@ -31,8 +31,6 @@ typedef struct {
     const OPERAND *packed;
 } NAME(weights);
 
-enum { NAME(TURNED_AT_ONCE) = CACHE_LINE / 4 };
-
 /* NAME(pack_weights), NAME(pack_rows), NAME(turn) and NAME(packed_depth), NAME(GROUP) */
 #include PACKING
 
@@ -56,9 +54,8 @@ static NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPER
 }
 
 /* c[i, j] = sum over the depth of a(i, d) b(d, j), rows x cols. The rows of a tile stay in the first-level cache while
- * all panels of b pass by; those of the next tile are fetched meanwhile. a_rows: rows of a that there are, rows or
- * more.
- */
+ * all panels of b pass by; those of the next tile are fetched meanwhile. a_rows: rows of a that there are, at
+ * least rows. */
 static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
                                   const OPERAND *a, int64_t a_stride, int64_t a_rows, NAME(panels) b, REAL *c,
                                   int64_t c_stride, tile_result result, fetches *ahead) {

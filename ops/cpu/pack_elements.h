@@ -2,7 +2,7 @@
 
 /* GROUP: elements of the depth that lie side by side in a panel. At most ROWS_IN_PLACE rows read weights that lie row
  * by row where they lie: packing would take longer than it saves. */
-enum { NAME(GROUP) = 1, NAME(ROWS_IN_PLACE) = 128 };
+enum { NAME(GROUP) = 1, NAME(ROWS_IN_PLACE) = 128, NAME(TURNED_AT_ONCE) = 16 };
 
 static inline int64_t NAME(packed_depth)(int64_t depth) { return depth; }
 

@@ -40,12 +40,14 @@ static inline int64_t block_height(int64_t rows, int64_t most, int tile_rows) {
 /* The blocks of an expert's rows. */
 typedef struct row_blocks {
     int64_t height, down, width, across;
+    int few;
 } row_blocks;
 
 static inline row_blocks cut_rows(int64_t rows, blocking most, int tile_rows, int64_t cols) {
     const int64_t height = block_height(rows, most.rows, tile_rows);
-    const int64_t width = least(height, rows) <= FEW_ROWS ? (int64_t)BLOCK_COLS : most.cols;
-    const row_blocks made = {height, ceil_div(rows, height), width, ceil_div(cols, width)};
+    const int few = least(height, rows) <= FEW_ROWS;
+    const int64_t width = few ? (int64_t)BLOCK_COLS : most.cols;
+    const row_blocks made = {height, ceil_div(rows, height), width, ceil_div(cols, width), few};
     return made;
 }
 
@@ -72,7 +74,7 @@ static inline block find_row_block(const int64_t *offsets, blocking most, int ti
                              .col = col,
                              .cols = least(cut.width, cols - col),
                              .stride = cut.width,
-                             .few = least(cut.height, rows) <= FEW_ROWS};
+                             .few = cut.few};
             return b;
         }
         index -= cut.down * cut.across;

@@ -53,9 +53,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("cpu_features", &cpu_features, "Names of the instruction sets found that kernels may use.");
     m.def(
         "isa_in_use", [] { return std::string(mmbal_isa_name(mmbal_isa_in_use())); },
-        "The instruction set whose kernels run: portable, avx2, avx512, avx512_bf16 or amx. MMBAL_ISA caps it, and "
-        "asks "
-        "for avx512_bf16 where its products are slow.");
+        "The instruction set whose kernels run: portable, avx2, avx512, avx512_bf16 or amx. MMBAL_ISA caps it, "
+        "and asks for avx512_bf16 where its products are slow.");
     m.def(
         "multiplies_bfloat16", [] { return mmbal_isa_in_use() >= MMBAL_ISA_AVX512_BF16; },
         "Whether those kernels have products of bfloat16; otherwise it is converted to float32.");

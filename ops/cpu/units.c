@@ -135,11 +135,28 @@ static mmbal_status multiply_pieces(void *context, int worker, int64_t begin, in
     return MMBAL_OK;
 }
 
+/* Whether every axis steps over all that the axes with smaller strides reach, so that no element occurs twice. */
+static int axes_nest(const mmbal_units *t) {
+    int done[4] = {0};
+    int64_t reached = 0; /* the last element of the axes so far */
+    for (int left = 4; left > 0; left--) {
+        int next = -1;
+        for (int axis = 0; axis < 4; axis++)
+            if (!done[axis] && (next < 0 || t->stride[axis] < t->stride[next])) next = axis;
+        done[next] = 1;
+        if (t->size[next] == 0) return 1;
+        if (t->size[next] > 1 && t->stride[next] <= reached) return 0;
+        reached += (t->size[next] - 1) * t->stride[next];
+    }
+    return 1;
+}
+
 static mmbal_status check_units(const mmbal_units *tensors, int64_t T) {
     for (int64_t t = 0; t < T; t++) {
         if (!is_dtype(tensors[t].dtype)) return MMBAL_UNSUPPORTED;
         for (int axis = 0; axis < 4; axis++)
             if (tensors[t].size[axis] < 0 || tensors[t].stride[axis] < 0) return MMBAL_INVALID_ARGUMENT;
+        if (!axes_nest(&tensors[t])) return MMBAL_INVALID_ARGUMENT;
     }
     return T < 0 ? MMBAL_INVALID_ARGUMENT : MMBAL_OK;
 }

@@ -11,6 +11,9 @@ from mmbal import (  # noqa: F401  (the operators register themselves)
     mutual_info,
     router_loss,
     routing,
+    sampling,
+    significance,
+    units,
 )
 from mmbal._core import version as __version__
 from mmbal.checkpoint import load_clip_moe, save_clip_moe

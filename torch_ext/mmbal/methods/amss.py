@@ -14,6 +14,7 @@ from mmbal.methods.gradients import Batch, Gradients, Managed, Predicate, collec
 from mmbal.methods.ratios import ConcatHead, Outputs, Ratios, Significance, choose
 from mmbal.methods.sharding import gather_energy, local_units
 from mmbal.methods.unit_spec import UnitSpec
+from mmbal.units import in_place
 
 SAMPLERS = ("bottomk", "systematic", "independent", "topk", "uniform")
 IMPORTANCES = ("gn", "sqrt_gn", "gn_wn")
@@ -184,7 +185,7 @@ class AMSS:
         for modality, (first, width) in enumerate(concat.columns if mask_head else []):
             managed = Managed(head.weight, modality, UnitSpec.columns(first, width), len(amss._managed))
             amss._managed.append(managed)
-            amss._units.managed.append(managed)
+            amss._units.add(managed)
         return amss
 
     # --- In the loop -----------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ class AMSS:
             self._undone = self._remember(units, elements, scale, rho_M, skip)
         else:
             if units.tensors:
-                ops.scale_units_foreach_(units.tensors, units.specs, scale, skip)
+                in_place(ops.scale_units_foreach_, units.tensors, units.specs, scale, skip)
                 units.write_back()
             if elements.tensors:
                 self._mask_elements(elements, rho_M, self._steps, skip)
@@ -240,16 +241,7 @@ class AMSS:
         if self.ema:
             energy = self._averaged(units, energy, nonfinite)
         scale, _ = ops.mask_units(
-            energy,
-            units.whole,
-            units.modality,
-            units.ids,
-            rho_M,
-            self.seed,
-            self._steps,
-            self._unit_sampler,
-            self.lam,
-            self.plus,
+            energy, units.segments, rho_M, self.seed, self._steps, self._unit_sampler, self.lam, self.plus
         )
         return (local_units(scale, units.parts) if units.sharded else scale), nonfinite
 
@@ -258,8 +250,9 @@ class AMSS:
         for m, (count, shard) in zip(units.managed, units.parts, strict=True):
             count = count if shard is None else shard.total
             now = energy[first : first + count]
-            before = self._energy.get(m.id, now)
-            self._energy[m.id] = torch.where(nonfinite, before, self.ema * before + (1 - self.ema) * now)
+            before = self._energy.get(m.id, torch.full_like(now, torch.nan))  # NaN: none yet
+            fresh = torch.where(before.isnan(), now, self.ema * before + (1 - self.ema) * now)
+            self._energy[m.id] = torch.where(nonfinite, before, fresh)
             averages.append(self._energy[m.id])
             first += count
         return torch.cat(averages)
@@ -269,10 +262,11 @@ class AMSS:
         return nonfinite if skip is None else skip | nonfinite
 
     def _mask_elements(self, batch: Batch, rho_M, step, skip, gradients=None, bases=None) -> None:
-        ops.mask_elements_foreach_(
+        in_place(
+            ops.mask_elements_foreach_,
             batch.tensors,
-            batch.modality,
-            batch.ids,
+            batch.segments[2::4],
+            batch.segments[3::4],
             rho_M,
             self.seed,
             step,
@@ -303,7 +297,7 @@ class AMSS:
         if u is None:
             return
         if u.units.tensors:
-            ops.scale_units_foreach_(u.units.tensors, u.units.specs, u.scale, u.skip, u.unit_bases)
+            in_place(ops.scale_units_foreach_, u.units.tensors, u.units.specs, u.scale, u.skip, u.unit_bases)
         if u.elements.tensors:
             self._mask_elements(u.elements, u.rho, u.step, u.skip, u.gradients, u.element_bases)
 

@@ -79,6 +79,7 @@ def trainer(model, folder, optimizer="sgd", callback=None, **options):
         model,
         TrainingArguments(output_dir=str(folder), **(quiet | options)),
         train_dataset=data(),
+        eval_dataset=data(),
         optimizers=(optimizer, constant),
         callbacks=[callback or AMSSCallback(model.amss)],
     )
@@ -89,7 +90,7 @@ def trained(model, folder, *arguments, **options):
     return model
 
 
-def by_hand(model, optimizer="sgd", epochs=2, accumulate=1, clip=None, autocast=False, scaler=None, mask=True):
+def by_hand(model, optimizer="sgd", epochs=2, accumulate=1, clip=None, autocast=None, scaler=None, mask=True):
     optimizer = make_optimizer(model, optimizer)
     if model.amss.where == "update":
         model.amss.attach(optimizer, step=False)
@@ -97,7 +98,7 @@ def by_hand(model, optimizer="sgd", epochs=2, accumulate=1, clip=None, autocast=
     model.train()
     for _ in range(epochs):
         for number, batch in enumerate(batches()):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 loss = model(**batch)["loss"]
             scaler.scale(loss / accumulate).backward()
             if (number + 1) % accumulate:
@@ -159,21 +160,21 @@ def test_clipping_comes_before_the_mask(tmp_path):
 
 def test_bf16_masks_as_autocast_by_hand(tmp_path):
     model = trained(Model(), tmp_path, bf16=True)
-    expected = by_hand(Model(), autocast=True)
+    expected = by_hand(Model(), autocast=torch.bfloat16)
     assert_same(model, expected)
     assert differ(model, by_hand(Model()))
 
 
 @pytest.mark.parametrize("options", [{}, {"plus": True, "where": "update"}], ids=["grad", "update"])
-def test_with_a_scaler_the_mask_comes_after_unscaling_and_an_overflow_is_skipped(tmp_path, options):
-    """fp16 of the Trainer needs a GPU: here the scaler that accelerate would make is put in its place."""
+def test_with_a_scaler_the_mask_comes_after_unscaling_and_an_overflow_is_skipped(tmp_path, monkeypatch, options):
+    """fp16 of the Trainer needs a GPU: here its Accelerator is told afterwards."""
     scaler, own = (torch.amp.GradScaler("cpu", init_scale=256.0) for _ in range(2))
     model = Model(poison=2, **options)
     run = trainer(model, tmp_path, max_grad_norm=1.0)
     run.accelerator.scaler, run.accelerator.native_amp = scaler, True
-    run.accelerator.state._mixed_precision = "fp16"
+    monkeypatch.setattr(run.accelerator.state, "_mixed_precision", "fp16")
     run.train()
-    assert_same(model, by_hand(Model(poison=2, **options), scaler=own, clip=1.0))
+    assert_same(model, by_hand(Model(poison=2, **options), autocast=torch.float16, scaler=own, clip=1.0))
     assert model.amss.skipped == 1 and model.amss.steps == 2 * BATCHES and scaler.get_scale() == 128.0
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -261,6 +262,5 @@ def test_the_log_history_has_the_ratios(tmp_path):
 def test_evaluation_between_steps_changes_nothing(tmp_path):
     model = Model()
     run = trainer(model, tmp_path, eval_strategy="steps", eval_steps=2)
-    run.eval_dataset = data()
     run.train()
     assert_same(model, by_hand(Model()))

@@ -258,7 +258,7 @@ class AMSS:
         for m, (count, shard) in zip(units.managed, units.parts, strict=True):
             count = count if shard is None else shard.total
             now = energy[first : first + count]
-            before = self._energy.get(m.id, now)
+            before = self._energy.get(m.id, now).to(now.device)  # of a checkpoint, on the CPU
             self._energy[m.id] = torch.where(nonfinite, before, self.ema * before + (1 - self.ema) * now)
             averages.append(self._energy[m.id])
             first += count

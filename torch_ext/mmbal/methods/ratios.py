@@ -89,7 +89,7 @@ class Ratios:
 
     def observe(self, outputs: Outputs | None, y: Tensor | None) -> None:
         sums = self._rates(outputs, y) if callable(self.significance) else self._sums(outputs, y)
-        self.seen = sums if self.seen is None else [a + b for a, b in zip(self.seen, sums, strict=True)]
+        self.seen = sums if self.seen is None else [a.to(b.device) + b for a, b in zip(self.seen, sums, strict=True)]
 
     def _rates(self, outputs, y) -> list[Tensor]:
         rates = torch.as_tensor(self.significance(outputs, y)).detach().to(torch.float64)

@@ -4,6 +4,7 @@ Each case is a function of the rank, run in both processes; rank None is the one
 """
 
 import os
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -157,6 +158,19 @@ def refusal(rank, unit):
         return str(error)
 
 
+def made_too_early(rank):
+    model = Model()
+    amss = of_encoders(model)
+    run = sharded(model)
+    for loss in losses(run, amss, 0, rank):
+        loss.backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        amss.step()
+        amss.step()
+    return [str(warning.message) for warning in caught]
+
+
 def cut_along(rank, dim):
     """DTensor gradients that distribute_tensor made."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -213,6 +227,7 @@ def process(rank, folder):
         "fsdp, poison": train(rank, sharded, of_encoders, poison=True),
         "fsdp, head": from_head(rank, sharded),
         "refused": {unit: refusal(rank, unit) for unit in ("heads", "columns", "element")},
+        "too early": made_too_early(rank),
         "cut": [cut_along(rank, dim) for dim in (0, 1)],
     }
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
@@ -338,3 +353,10 @@ def test_rows_of_a_distributed_tensor_are_masked_as_those_of_a_whole_one_and_col
         rows, columns = rank["cut"]
         assert_same(rows, parameter.grad)
         assert "dimension 0 is cut once, as by fully_shard" in columns
+
+
+def test_amss_of_parameters_that_fully_shard_replaced_warns_once(two_processes):
+    for rank in two_processes:
+        assert [w for w in rank["too early"] if "AMSS" in w] == [
+            "AMSS: no managed parameter has a gradient: were they replaced since?"
+        ]

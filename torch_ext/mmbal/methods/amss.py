@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -85,13 +86,14 @@ class AMSS:
     In a training loop
     ------------------
     - Gradient accumulation: ``observe(outputs, y)`` for each micro-batch, ``step()`` once before the optimizer's.
-    - AMP: after ``scaler.unscale_(optimizer)`` (before it works too: masks do not depend on the scale). Where any
-      managed gradient is not finite every gradient stays as it is, so that the scaler skips the step; ``skipped``
-      counts.
+    - AMP: after ``scaler.unscale_(optimizer)`` (before it works too, but with ``ema``: masks do not depend on the
+      scale). Where any managed gradient is not finite every gradient stays as it is, so that the scaler skips the step;
+      ``skipped`` counts.
     - Clipping: ``step`` before ``clip_grad_norm_`` as a rule: the norm is then that of what is applied, though clipping
       biases AMSS+. Clipping first is unbiased for the clipped gradient.
     - DDP: every rank observes its own batch; the statistics are summed, so that all draw the same masks. FSDP2: units
       that are slices of the sharded dimension 0 are served, others refused; ``step`` is a collective call.
+      Make AMSS after ``fully_shard``, which replaces the parameters.
     - ``optimizer.step(closure)``: call ``step`` in the closure after ``backward``.
     - Gradients that are None are left alone; sparse ones too, with a warning.
     """
@@ -157,6 +159,7 @@ class AMSS:
         self._energy: dict[int, Tensor] = {}  # moving averages by id
         self._undone: _Undone | None = None
         self._attached = 0
+        self._warned = False
 
     @classmethod
     def from_concat_head(
@@ -214,6 +217,9 @@ class AMSS:
             raise RuntimeError("AMSS: where='update' needs attach(optimizer): the step is masked after it is taken")
         rho_M = self._ratios.next(rho)
         units, elements = self._units(), self._elements()
+        if self._managed and not units.managed and not elements.managed and not self._warned:
+            self._warned = True
+            warnings.warn("AMSS: no managed parameter has a gradient: were they replaced since?", stacklevel=3)
         scale, skip = self._draw(units, rho_M)
         if elements.tensors:
             skip = self._any_nonfinite(elements, skip)
@@ -250,7 +256,7 @@ class AMSS:
         for m, (count, shard) in zip(units.managed, units.parts, strict=True):
             count = count if shard is None else shard.total
             now = energy[first : first + count]
-            before = self._energy.get(m.id, torch.full_like(now, torch.nan))  # NaN: none yet
+            before = self._energy.get(m.id, torch.full_like(now, torch.nan)).to(now.device)  # NaN: none yet
             fresh = torch.where(before.isnan(), now, self.ema * before + (1 - self.ema) * now)
             self._energy[m.id] = torch.where(nonfinite, before, fresh)
             averages.append(self._energy[m.id])
@@ -304,7 +310,8 @@ class AMSS:
     def attach(self, optimizer: torch.optim.Optimizer, step: bool = True):
         """Calls ``step()`` before every step of this optimizer, so that ``observe`` is the one line in the loop;
         returns a handle with ``remove()``. step=False: only what where="update" needs, for loops in which a closure or
-        a framework calls ``step`` after ``backward``."""
+        a framework calls ``step`` after ``backward``. A step that a GradScaler skips does not come here: what was
+        observed for it counts in the next, and ``skipped`` does not."""
 
         def before(_, args, kwargs) -> None:
             if any(given is not None and given is not optimizer for given in (*args, kwargs.get("closure"))):

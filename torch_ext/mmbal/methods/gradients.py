@@ -123,7 +123,10 @@ class Gradients:
     def _layout_of(gradients: list[Tensor | None]) -> list | None:
         """What says how all of them lie in memory: that they are contiguous, or their strides. None where one is
         missing, sparse or sharded."""
-        contiguous = [g.is_contiguous() for g in gradients if type(g) is Tensor and not g.is_sparse]
+        try:
+            contiguous = [g.is_contiguous() for g in gradients if type(g) is Tensor]
+        except RuntimeError:  # of a sparse one it cannot be said
+            return None
         if len(contiguous) < len(gradients):
             return None
         return contiguous if all(contiguous) else [g.stride() for g in gradients]

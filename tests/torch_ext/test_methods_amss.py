@@ -565,7 +565,7 @@ def test_a_concat_head_needs_labels_alone(slices):
 def test_features_of_evaluation_are_not_taken():
     model = Model()
     amss = AMSS.from_concat_head(model.encoders, model.head)
-    outputs, y = backward(model)
+    _, y = backward(model)
     model.eval()
     model.features(batch(7, B=99)[0])
     amss.observe(y=y)

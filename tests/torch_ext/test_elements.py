@@ -194,7 +194,8 @@ G = torch.randn(4, 3)
         (lambda: masked([G], ids=[1, 2]), "modality and ids must have one entry for each of the grads, 1, got 1 and 2"),
         (lambda: masked([G], ids=[-1]), "id must be from 0 to 2"),
         (lambda: masked([G], gradients=[G.double()]), r"gradients\[0\] must be float32 as its gradient, got float64"),
-        (lambda: masked([G], bases=[G[:2]]), r"bases\[0\] must have sizes and strides of its gradient"),
+        (lambda: masked([G], gradients=[G], bases=[G[:2]]), r"bases\[0\] must have sizes and strides of its gradient"),
+        (lambda: masked([G], bases=[G]), "bases need gradients"),
         (lambda: masked([G.int()]), "grads must be float32, bfloat16, float16 or float64, got int32"),
         (
             lambda: ops.mask_elements_foreach_([torch.randn(4, 6)[:, ::2]], [0], [0], torch.ones(1, **F64), 0, 0),

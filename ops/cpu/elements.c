@@ -128,11 +128,14 @@ static mmbal_status take_sums(element_work *work, tile_action *action, const mmb
     const int64_t chunks = count_chunks(work->pass.tensor);
     memset(work->sums, 0, (size_t)chunks * sizeof *work->sums);
     memset(work->counts, 0, (size_t)chunks * sizeof *work->counts);
-    memset(work->bins, 0, (size_t)pool->workers * KEY_BINS * sizeof *work->bins);
     const mmbal_status status = act(work, action, pool);
     *sum = 0, *count = 0;
     for (int64_t chunk = 0; chunk < chunks; chunk++) *sum += work->sums[chunk], *count += work->counts[chunk];
     return status;
+}
+
+static void clear_bins(element_work *work, const mmbal_pool *pool) {
+    memset(work->bins, 0, (size_t)pool->workers * KEY_BINS * sizeof *work->bins);
 }
 
 /* The bin in which the `place`-th key lies (from 1): *below are before it, *inside in it. */
@@ -150,7 +153,7 @@ static uint32_t find_bin(const element_work *work, int64_t place, int workers, i
 static mmbal_status find_threshold(element_work *work, int64_t k, const mmbal_pool *pool, found_mask *found) {
     int64_t below, inside, further, equal;
     work->upper = find_bin(work, k, pool->workers, &below, &inside);
-    memset(work->bins, 0, (size_t)pool->workers * KEY_BINS * sizeof *work->bins);
+    clear_bins(work, pool);
     const mmbal_status status = act(work, count_lower, pool);
     found->threshold = work->upper << LOWER_BITS | find_bin(work, k - below, pool->workers, &further, &equal);
     found->ties = k - below - further;
@@ -198,6 +201,7 @@ static mmbal_status find_mask(element_work *work, const mmbal_elements *t, doubl
                               const mmbal_pool *pool, found_mask *found) {
     *found = (found_mask){.ties = INT64_MAX};
     work->pass.tensor = t;
+    if (options.sampler != MMBAL_INDEPENDENT) clear_bins(work, pool);
     const mmbal_status status = take_sums(work, sum_weights, pool, &found->sum, &found->positive);
     if (status != MMBAL_OK || !isfinite(found->sum) || is_left_alone(found, rho)) return status;
     prepare(work, t, found, rho, options);

@@ -2,6 +2,8 @@
 #ifndef MMBAL_CPU_ELEMENT_DRAWS_H
 #define MMBAL_CPU_ELEMENT_DRAWS_H
 
+#include <float.h>
+
 #include "elementary.h"
 #include "masks.h"
 #include "mmbal/philox.h"
@@ -35,10 +37,10 @@ static void words_of_tile(const element_pass *pass, int64_t first, uint32_t word
 }
 
 /* -log1p(-v) with v = (word + 0.5) 2^-32. Above 1/2 it is -log(1 - v), of a 1 - v that keeps its bits; below, 1 - v
- * rounds, and what it lost is put back: log1p(-v) = log(u) + (1 - v - u) / u. */
+ * rounds, and what it lost is put back: log1p(-v) = log(u) + (1 - v - u) / u, where 2 - u is near enough to 1 / u. */
 IN_VECTORS float exponential_f32(uint32_t word) {
     const float v = ((float)word + 0.5f) * 0x1p-32f, u = ((float)~word + 0.5f) * 0x1p-32f;
-    const float lost = u < 0.5f ? 0 : ((1 - u) - v) / u;
+    const float lost = u < 0.5f ? 0 : ((1 - u) - v) * (2 - u);
     return -(log_f32(u) + lost);
 }
 
@@ -82,6 +84,9 @@ static void add_uncapped(const element_pass *pass, int64_t n, const double *w, d
     *sum += sum_of_lanes(sums), *capped += (int64_t)sum_of_lanes(counts);
 }
 
+/* Infinity is the key of what has no weight, and of that alone. */
+IN_VECTORS double below_infinity(double key, double w) { return w > 0 && key > DBL_MAX ? DBL_MAX : key; }
+
 /* The upper 32 bits of the float64 whose smallest are kept; that of infinity where there is no weight. */
 static void element_keys(const element_pass *pass, int64_t first, int64_t n, const double *w, uint32_t *keys) {
     uint32_t words[ELEMENTS_PER_TILE];
@@ -89,13 +94,13 @@ static void element_keys(const element_pass *pass, int64_t first, int64_t n, con
     if (pass->sampler != MMBAL_TOPK) words_of_tile(pass, first, words);
     switch (pass->sampler) {
     case MMBAL_TOPK:
-        for (int64_t i = 0; i < n; i++) values[i] = 1 / w[i];
+        for (int64_t i = 0; i < n; i++) values[i] = below_infinity(1 / w[i], w[i]);
         break;
     case MMBAL_UNIFORM:
         for (int64_t i = 0; i < n; i++) values[i] = (double)exponential_f32(words[i]);
         break;
     default:
-        for (int64_t i = 0; i < n; i++) values[i] = (double)exponential_f32(words[i]) / w[i];
+        for (int64_t i = 0; i < n; i++) values[i] = below_infinity((double)exponential_f32(words[i]) / w[i], w[i]);
     }
     for (int64_t i = 0; i < n; i++) {
         uint64_t bits;

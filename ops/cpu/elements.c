@@ -170,7 +170,7 @@ static mmbal_status find_level(element_work *work, double kappa, int64_t positiv
         double rest;
         int64_t now;
         status = take_sums(work, sum_uncapped, pool, &rest, &now);
-        if (now == capped || !(kappa > (double)now)) break;
+        if (now <= capped || !(kappa > (double)now)) break;
         capped = now, work->pass.level = (kappa - (double)now) / rest;
     }
     *level = work->pass.level;
@@ -238,7 +238,8 @@ static mmbal_status check_elements(const mmbal_elements *tensors, int64_t T, int
         if (!is_dtype(of->dtype)) return MMBAL_UNSUPPORTED;
         if (of->count < 0 || of->modality < 0 || of->modality >= M || of->id < 0 || of->id > UINT32_MAX)
             return MMBAL_INVALID_ARGUMENT;
-        if ((importance == MMBAL_GN_WN && !of->weights) || (of->base && !of->gradient)) return MMBAL_INVALID_ARGUMENT;
+        if ((importance == MMBAL_GN_WN && !of->weights && of->count > 0) || (of->base && !of->gradient))
+            return MMBAL_INVALID_ARGUMENT;
     }
     return MMBAL_OK;
 }

@@ -143,6 +143,51 @@ IN_VECTORS int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(wei
     }
     return i / M;
 }
+
+/* Rows of three: three vectors hold LANES whole rows, so that none straddles a cache line and a division serves all. */
+IN_VECTORS int64_t NAME(weigh_threes)(const STORED *restrict kl, const NAME(weight_terms) * terms, int mean_one,
+                                      int64_t rows, REAL *restrict weights) {
+    enum { LANES = NAME(LANES), M = 3 };
+    const REAL floor = terms->floor, ceiling = terms->ceiling;
+    REAL modality[M][LANES];
+    /* Term m of row r lies in vector (3 r + m) / LANES: from the first two vectors, then with the third. */
+    NAME(lane_integers) of_two[M], of_third[M], row[M];
+    for (int i = 0; i < LANES; i++)
+        for (int m = 0; m < M; m++) {
+            const int at = M * i + m;
+            modality[m][i] = terms->modality[(LANES * m + i) % M];
+            of_two[m][i] = at < 2 * LANES ? at : 0, of_third[m][i] = at < 2 * LANES ? i : at - LANES;
+            row[m][i] = (LANES * m + i) / M;
+        }
+    int64_t n = 0;
+    for (; n + LANES <= rows; n += LANES) {
+        NAME(lanes) share[M], one[M], term[M], counted[M];
+#pragma GCC unroll 3
+        for (int v = 0; v < M; v++) {
+            REAL shares[LANES], ones[LANES];
+            for (int lane = 0; lane < LANES; lane++) {
+                const REAL value = LOAD(kl[n * M + v * LANES + lane]), below = value < ceiling ? value : ceiling;
+                shares[lane] = value == value ? (below > floor ? below : floor) * modality[v][lane] : 0;
+                ones[lane] = value == value;
+            }
+            memcpy(&share[v], shares, sizeof shares), memcpy(&one[v], ones, sizeof ones);
+        }
+#pragma GCC unroll 3
+        for (int m = 0; m < M; m++) {
+            term[m] = __builtin_shuffle(__builtin_shuffle(share[0], share[1], of_two[m]), share[2], of_third[m]);
+            counted[m] = __builtin_shuffle(__builtin_shuffle(one[0], one[1], of_two[m]), one[2], of_third[m]);
+        }
+        const NAME(lanes) total = (term[0] + term[1]) + term[2], count = counted[0] + counted[1] + counted[2];
+        const NAME(lanes) inverse = NAME(where)(total > 0, 1 / total);
+#pragma GCC unroll 3
+        for (int v = 0; v < M; v++) {
+            NAME(lanes) weight = share[v] * __builtin_shuffle(inverse, row[v]);
+            if (mean_one) weight *= __builtin_shuffle(count, row[v]);
+            memcpy(weights + n * M + v * LANES, &weight, sizeof weight);
+        }
+    }
+    return n;
+}
 #endif
 
 static mmbal_status NAME(weights_task)(void *context, int worker, int64_t begin, int64_t end) {
@@ -156,7 +201,10 @@ static mmbal_status NAME(weights_task)(void *context, int worker, int64_t begin,
         REAL *weights = (REAL *)t->weights + begin * M;
         int64_t done = 0;
 #define WEIGH(M) done = NAME(weigh_vectors)(kl, &terms, t->options->mean_one, end - begin, M, weights)
-        FOR_USUAL_WIDTHS(M, WEIGH)
+        if (M == 3)
+            done = NAME(weigh_threes)(kl, &terms, t->options->mean_one, end - begin, weights);
+        else
+            FOR_USUAL_WIDTHS(M, WEIGH)
 #undef WEIGH
         begin += done;
     }

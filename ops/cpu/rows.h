@@ -27,7 +27,8 @@ _Static_assert((int)TILE >= (int)MMBAL_MAX_MODALITIES, "a row of modalities fits
  * stretches of memory, two a worker. A row's results do not depend on it. */
 static inline int64_t rows_per_task(int64_t N, int64_t row_size, const mmbal_pool *pool) {
     const int64_t least = 16384 / row_size, share = N / (2 * pool->workers);
-    return share > least ? share : least > 1 ? least : 1;
+    if (share <= least) return least > 1 ? least : 1;
+    return (share + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; /* so that a task begins where a line does */
 }
 
 /* Asks for one of `parts` parts of memory that is soon read, or written: a core waits once it has some twenty lines on

@@ -18,7 +18,7 @@ from mmbal.demo.store import fingerprint
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its name, the number of its models, and what gives its numbers (its argument is called after a model)."""
+    """One run: its name, how many models it trains, what gives its numbers (its argument is called after each)."""
 
     name: str
     models: int

@@ -1,0 +1,51 @@
+"""The search that chose learning rates, weight decays and alpha of OGM-GE: `python -m mmbal.study.amss_tuning`.
+
+Only validation rows are looked at. Joint training chooses the learning rate and the weight decay, then OGM-GE its alpha
+with these. AMSS is not searched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+
+import torch
+
+from .amss_arms import OPTIMIZERS, Training, train
+from .amss_data import DATA_SETS, load
+
+RATES = {"sgd": (0.01, 0.03, 0.1), "adam": (1e-3, 3e-3, 1e-2)}
+DECAYS = (1e-4, 1e-3, 1e-2)
+ALPHAS = (0.1, 0.3, 0.8)
+SEEDS = (0, 1, 2)
+
+
+def search(arm: str, loaded: list, candidates: list[Training]) -> Training:
+    """Print accuracy and loss of each candidate, means of validation rows; return the one with the best accuracy."""
+    ranks = {}
+    for training in candidates:
+        outcomes = [train(arm, data, training, seed) for seed, data in zip(SEEDS, loaded, strict=True)]
+        accuracy, loss = (statistics.mean(values) for values in zip(*(o.rank for o in outcomes), strict=True))
+        ranks[training] = accuracy, loss
+        print(f"{arm:6} {training}: accuracy {100 * accuracy:.2f}, loss {-loss:.4f}", flush=True)
+    return max(ranks, key=ranks.__getitem__)
+
+
+def main(settings: list[str]) -> None:
+    """Search for these settings ("clipart-sgd"), or for all of them."""
+    torch.set_num_threads(1)
+    for data_set, optimizer in itertools.product(DATA_SETS, OPTIMIZERS):
+        setting = f"{data_set.name}-{optimizer}"
+        if settings and setting not in settings:
+            continue
+        loaded = [load(data_set, seed) for seed in SEEDS]
+        size = optimizer, data_set.epochs, data_set.batch
+        grid = [Training(*size, *values, 0.0) for values in itertools.product(RATES[optimizer], DECAYS)]
+        best = search("joint", loaded, grid)
+        alphas = [Training(*size, best.learning_rate, best.weight_decay, alpha) for alpha in ALPHAS]
+        print(f"{setting}: {search('ogm', loaded, alphas)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from mmbal.demo.model import replace_file
 
@@ -77,6 +78,8 @@ def plot_rho(results: dict, path: Path) -> None:
             label = f"{name} (strong)" if name == setting["strong"] else name
             style = "-" if name == setting["strong"] else "--"
             top.plot(epochs, values, style, color=colour, linewidth=2, label=label)
+        balanced = 1 - 1 / len(data_set.modalities)
+        top.axhline(balanced, color="#7d8794", linewidth=1, linestyle=":", label="none ahead")
         top.set_ylim(0, 1)
         top.set_title(title_of(data_set, SHOWN), fontsize=11)
         top.legend(frameon=False, fontsize=9, ncols=2)
@@ -85,6 +88,7 @@ def plot_rho(results: dict, path: Path) -> None:
             bottom.plot(range(1, len(values) + 1), values, color=colour, linewidth=width, label=TITLES[arm])
         bottom.axhline(0, color="black", linewidth=0.8)
         bottom.set_xlabel("epoch")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         _plain(top)
         _plain(bottom)
     axes[0, 0].set_ylabel("share of the encoder that AMSS\nupdates in a step (rho)")

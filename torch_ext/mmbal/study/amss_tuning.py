@@ -15,9 +15,9 @@ import torch
 from .amss_arms import OPTIMIZERS, Training, train
 from .amss_data import DATA_SETS, load
 
-RATES = {"sgd": (0.01, 0.03, 0.1, 0.3), "adam": (1e-3, 3e-3, 1e-2, 3e-2)}
+RATES = {"sgd": (0.01, 0.03, 0.1, 0.3), "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
 DECAYS = (1e-4, 1e-3, 1e-2)
-ALPHAS = (0.1, 0.3, 0.8)
+ALPHAS = (0.03, 0.1, 0.3, 0.8)
 SEEDS = (0, 1, 2)
 
 

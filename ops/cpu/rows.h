@@ -1,4 +1,5 @@
-/* The tasks over samples of divergence.c and btw.c. Every instruction set compiles the same bodies (rows_body.h) in a
+/* The tasks over samples of divergence.c, btw.c and significance.c, and those over units of gradients of units.c and
+ * elements.c. Every instruction set compiles the same bodies (rows_body.h) in a
  * file of its own, rows_ISA.c; the entry points check, fill one of these contexts and reach the tasks through a table.
  * Shapes as in the headers; a pointer's type is the dtype's of the task, or "real". */
 #ifndef MMBAL_CPU_ROWS_H
@@ -9,6 +10,7 @@
 #include "arena.h"
 #include "mmbal/btw.h"
 #include "mmbal/dtype.h"
+#include "mmbal/elements.h"
 #include "mmbal/modalities.h"
 #include "mmbal/pool.h"
 
@@ -91,8 +93,49 @@ typedef struct {
     void *dweights; /* [N, M] real */
 } embedding_rows;
 
+/* Rows whose target is not ignore_index, for the others the result is 0. */
+typedef struct {
+    const void *values; /* [B, width] */
+    const int64_t *targets;
+    int64_t ignore_index, width;
+    double *result; /* [B] */
+} labelled_rows;
+
+/* A part of a tensor of units.h: `units` of one group, and of each the rows first_row .. end_row. Row r is the part
+ * r mod parts, of ROW_PART elements at most, of outer index r / parts. */
+typedef struct {
+    void *data;       /* of the first of the units */
+    const void *base; /* as data, or NULL */
+    int64_t units, first_row, end_row, parts, inner;
+    int64_t unit_stride, outer_stride, inner_stride, base_unit_stride, base_outer_stride, base_inner_stride;
+} unit_block;
+
+enum { ROW_PART = 1 << 15, MOST_UNITS = 1024 }; /* of a block */
+
+/* What a pass over the elements of one tensor needs; see elements.c. */
+typedef struct {
+    const mmbal_elements *tensor;
+    mmbal_importance importance;
+    mmbal_sampler sampler;
+    int64_t seed, step;
+    double level, scale_of_weight, floor; /* p = min(1, level (scale_of_weight w + floor)) */
+    double multiplier;                    /* of what is kept; 0: 1 / p */
+    uint32_t threshold;                   /* keys below it are kept */
+} element_pass;
+
+enum { ELEMENTS_PER_TILE = 256, COARSE_SHIFT = 15, KEY_BINS = 1 << 16 };
+
 /* By mmbal_dtype. Indices are rows, for weights_backward chunks. */
 typedef struct mmbal_row_tasks {
+    mmbal_task *cross_entropy[4], *softmax_entropy[4];
+    /* sums[units] of the squares of a block, and the product of a block with scale[units] */
+    void (*squares[4])(const unit_block *block, double *sums);
+    void (*multiply[4])(const unit_block *block, const double *scale);
+    /* Of elements first .. first + n <= first + ELEMENTS_PER_TILE: */
+    void (*element_weights[4])(const element_pass *pass, int64_t first, int64_t n, double *weights);
+    void (*element_keys[4])(const element_pass *pass, int64_t first, int64_t n, uint32_t *keys);
+    void (*element_kept[4])(const element_pass *pass, int64_t first, int64_t n, double *multipliers);
+    void (*element_multiply[4])(const element_pass *pass, int64_t first, int64_t n, const double *multipliers);
     mmbal_task *normal_kl[4], *normal_kl_backward[4], *categorical_kl[4], *categorical_kl_backward[4];
     mmbal_task *weights[4], *weights_backward[4], *scale[4], *scale_dweights[4];
 } mmbal_row_tasks;

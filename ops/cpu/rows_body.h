@@ -3,7 +3,9 @@
  * A tile of rows [r, M] is turned on the way in and out, so that each modality is a column of its own and every loop
  * over r is one of vectors, however few modalities there are. */
 #include "elementary.h"
+#include "masks.h"
 #include "rows.h"
+#include "unit_words.h"
 
 typedef int32_t lane_integer_f32;
 typedef int64_t lane_integer_f64;
@@ -22,6 +24,15 @@ typedef int64_t lane_integer_f64;
 #undef BODY
 #define BODY "scale_body.h"
 #include "each_dtype.h"
+#undef BODY
+#define BODY "significance_body.h"
+#include "each_dtype.h"
+#undef BODY
+#define BODY "units_body.h"
+#include "each_dtype.h"
+#undef BODY
+#define BODY "elements_body.h"
+#include "each_dtype.h"
 
 #define FOR_EACH_DTYPE(task)                                                                                           \
     {[MMBAL_F32] = task##_f32, [MMBAL_BF16] = task##_bf16, [MMBAL_F64] = task##_f64, [MMBAL_F16] = task##_f16}
@@ -32,4 +43,12 @@ const mmbal_row_tasks ROW_TASKS = {.normal_kl = FOR_EACH_DTYPE(normal_kl_task),
                                    .weights = FOR_EACH_DTYPE(weights_task),
                                    .weights_backward = FOR_EACH_DTYPE(weights_backward_task),
                                    .scale = FOR_EACH_DTYPE(scale_task),
-                                   .scale_dweights = FOR_EACH_DTYPE(scale_dweights_task)};
+                                   .scale_dweights = FOR_EACH_DTYPE(scale_dweights_task),
+                                   .cross_entropy = FOR_EACH_DTYPE(cross_entropy_task),
+                                   .softmax_entropy = FOR_EACH_DTYPE(softmax_entropy_task),
+                                   .squares = FOR_EACH_DTYPE(squares),
+                                   .multiply = FOR_EACH_DTYPE(multiply),
+                                   .element_weights = FOR_EACH_DTYPE(element_weights),
+                                   .element_keys = FOR_EACH_DTYPE(element_keys),
+                                   .element_kept = FOR_EACH_DTYPE(element_kept),
+                                   .element_multiply = FOR_EACH_DTYPE(element_multiply)};

@@ -11,10 +11,15 @@ from mmbal import (  # noqa: F401  (the operators register themselves)
     mutual_info,
     router_loss,
     routing,
+    sampling,
+    significance,
+    units,
 )
 from mmbal._core import version as __version__
 from mmbal.checkpoint import load_clip_moe, save_clip_moe
+from mmbal.methods.amss import AMSS
 from mmbal.methods.btw import BTW
+from mmbal.methods.unit_spec import UnitSpec
 from mmbal.moe import (
     Experts,
     MoEMLP,
@@ -28,11 +33,13 @@ from mmbal.packing import pack
 from mmbal.upcycling import upcycle
 
 __all__ = [
+    "AMSS",
     "BTW",
     "Experts",
     "MoEMLP",
     "RouterLosses",
     "RouterRecord",
+    "UnitSpec",
     "__version__",
     "collect_router",
     "freeze_except_router",

@@ -67,3 +67,13 @@ def mean_over_ranks(group, value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total, group=group)
     return float(total) / ranks(group)
+
+
+def sum_over_ranks(group, tensors: list[Tensor]) -> list[Tensor]:
+    """Float64 tensors summed over the ranks in one exchange; as they are where there is one process."""
+    if ranks(group) == 1:
+        return tensors
+    every = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(every, group=group)
+    parts = every.split([t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]

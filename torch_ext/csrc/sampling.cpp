@@ -1,0 +1,107 @@
+#include "mmbal/sampling.h"
+
+#include "sampler.h"
+#include "units.h"
+
+namespace mmbal {
+namespace {
+
+mmbal_dtype weight_dtype(const char *op, const Tensor &w) {
+    check_shape(op, "w", w, "[S, N]", {-1, -1});
+    const mmbal_dtype dtype = storage_dtype(op, "w", w);
+    STD_TORCH_CHECK(dtype == MMBAL_F32 || dtype == MMBAL_F64, op, ": w must be float32 or float64, got ",
+                    dtype_text(w.scalar_type()));
+    return dtype;
+}
+
+Tensor weighted_sample(Tensor w, Tensor k, int64_t seed, int64_t step) {
+    const char *op = "weighted_sample";
+    const mmbal_dtype dtype = weight_dtype(op, w);
+    const int64_t S = w.size(0), N = w.size(1);
+    check_shape(op, "k", k, "[S]", {S});
+    check_dtype(op, "k", k, ScalarType::Long);
+    check_step(op, step);
+    w = torch::stable::contiguous(w), k = torch::stable::contiguous(k);
+    for (int64_t s = 0; s < S; s++)
+        STD_TORCH_CHECK(index_data(k)[s] >= 0 && index_data(k)[s] <= N, op, ": k must be from 0 to N = ", N, ", got ",
+                        index_data(k)[s], " for row ", s);
+    Tensor mask = torch::stable::new_empty(w, {S, N}, ScalarType::Bool);
+    TorchPool pool;
+    const Workspace workspace(mmbal_weighted_sample_workspace(N, pool.get()));
+    const mmbal_status status =
+        mmbal_weighted_sample(dtype, w.const_data_ptr(), index_data(k), S, N, seed, step,
+                              static_cast<uint8_t *>(mask.mutable_data_ptr()), workspace.data(), pool.get());
+    STD_TORCH_CHECK(status != MMBAL_INVALID_ARGUMENT, op, ": w must be finite and not negative");
+    check(status, op);
+    return mask;
+}
+
+std::tuple<Tensor, Tensor> waterfill(Tensor w, Tensor kappa, double lam) {
+    const char *op = "waterfill";
+    const mmbal_dtype dtype = weight_dtype(op, w);
+    const int64_t S = w.size(0), N = w.size(1);
+    check_shape(op, "kappa", kappa, "[S]", {S});
+    storage_dtype(op, "kappa", kappa);
+    STD_TORCH_CHECK(lam >= 0 && lam <= 1, op, ": lam must be from 0 to 1, got ", lam);
+    w = torch::stable::contiguous(w);
+    kappa = torch::stable::contiguous(torch::stable::to(kappa, ScalarType::Double));
+    Tensor p = torch::stable::new_empty(w, {S, N}), c = torch::stable::new_empty(w, {S}, ScalarType::Double);
+    TorchPool pool;
+    const Workspace workspace(mmbal_waterfill_workspace(N, pool.get()));
+    const mmbal_status status = mmbal_waterfill(
+        dtype, w.const_data_ptr(), static_cast<const double *>(kappa.const_data_ptr()), S, N, lam, p.mutable_data_ptr(),
+        static_cast<double *>(c.mutable_data_ptr()), workspace.data(), pool.get());
+    STD_TORCH_CHECK(
+        status != MMBAL_INVALID_ARGUMENT, op,
+        ": w must be finite and not negative, kappa from 0 to the number of weights that can be drawn (N = ", N,
+        ", without the zeros where lam = 0)");
+    check(status, op);
+    return {p, c};
+}
+
+std::tuple<Tensor, Tensor> mask_units(Tensor energy, std::vector<int64_t> specs, std::vector<int64_t> modality,
+                                      std::vector<int64_t> ids, Tensor rho, int64_t seed, int64_t step,
+                                      std::string sampler, double lam, bool unbiased) {
+    const char *op = "mask_units";
+    const mmbal_mask_options options = mask_options(op, sampler, lam, unbiased);
+    rho = check_rho(op, rho, unbiased);
+    const size_t T = count_specs(op, specs);
+    check_tensor_numbers(op, modality, ids, T, rho.size(0));
+    check_step(op, step);
+    std::vector<mmbal_segment> segments;
+    int64_t U = 0;
+    for (size_t t = 0; t < T; t++) {
+        const int64_t groups = specs[SPEC * t], units = specs[SPEC * t + 1];
+        STD_TORCH_CHECK(units <= INT32_MAX, op, ": specs must have fewer than 2^31 units a group, got ", units);
+        for (int64_t group = 0; group < groups; group++, U += units)
+            segments.push_back({U, units, modality[t], ids[t], group * units});
+    }
+    check_shape(op, "energy", energy, "[U]", {U});
+    check_dtype(op, "energy", energy, ScalarType::Double);
+    energy = torch::stable::contiguous(energy);
+    const int64_t S = static_cast<int64_t>(segments.size());
+    Tensor scale = torch::stable::new_empty(energy, {U}), probability = torch::stable::new_empty(energy, {U});
+    TorchPool pool;
+    const Workspace workspace(mmbal_mask_units_workspace(segments.data(), S, pool.get()));
+    check(mmbal_mask_units(static_cast<const double *>(energy.const_data_ptr()), segments.data(),
+                           static_cast<const double *>(rho.const_data_ptr()), U, S, rho.size(0), seed, step, options,
+                           static_cast<double *>(scale.mutable_data_ptr()),
+                           static_cast<double *>(probability.mutable_data_ptr()), workspace.data(), pool.get()),
+          op);
+    return {scale, probability};
+}
+
+} // namespace
+} // namespace mmbal
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
+    m.def("weighted_sample(Tensor w, Tensor k, int seed, int step) -> Tensor");
+    m.def("waterfill(Tensor w, Tensor kappa, float lam) -> (Tensor, Tensor)");
+    m.def("mask_units(Tensor energy, int[] specs, int[] modality, int[] ids, Tensor rho, int seed, int step, "
+          "str sampler=\"bottomk\", float lam=0.5, bool unbiased=False) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+    m.impl("weighted_sample", TORCH_BOX(&mmbal::weighted_sample));
+    m.impl("waterfill", TORCH_BOX(&mmbal::waterfill));
+    m.impl("mask_units", TORCH_BOX(&mmbal::mask_units));
+}

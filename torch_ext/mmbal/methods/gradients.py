@@ -1,0 +1,159 @@
+"""The parameters that AMSS masks, and their gradients as the operators take them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmbal.methods.sharding import Shard, local_part
+from mmbal.methods.unit_spec import UnitSpec
+
+Predicate = Callable[[nn.Parameter], bool]
+
+
+@dataclass
+class Managed:
+    """A parameter, or a part of one, and how it is drawn from."""
+
+    parameter: nn.Parameter
+    modality: int
+    spec: UnitSpec
+    id: int
+
+
+@dataclass
+class Batch:
+    """Tensors as the operators take them, in the order of their ids."""
+
+    managed: list[Managed]
+    tensors: list[Tensor]
+    specs: list[int]
+    modality: list[int]
+    ids: list[int]
+    whole: list[int]  # specs of the whole parameters, where tensors are shards of them
+    parts: list[tuple[int, Shard | None]]  # units here, and which shard they are
+    copies: list[tuple[Tensor, Tensor]]  # gradients that four axes cannot describe, and what is masked for them
+
+    @property
+    def sharded(self) -> bool:
+        return any(shard is not None for _, shard in self.parts)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters, in memory as the tensors."""
+        return [like(t, local_part(m.parameter)[0]) for m, t in zip(self.managed, self.tensors, strict=True)]
+
+    def write_back(self) -> None:
+        for gradient, copy in self.copies:
+            gradient.copy_(copy)
+
+
+def collect(
+    encoders: Mapping[str, nn.Module | Iterable[nn.Parameter]],
+    unit: str | Mapping[nn.Parameter, UnitSpec],
+    include: Predicate | None,
+    exclude: Predicate | None,
+) -> list[Managed]:
+    """What AMSS manages of the encoders; see there."""
+    if isinstance(unit, str) and unit not in ("auto", "element"):
+        raise ValueError(f"AMSS: unit must be auto, element or a mapping of parameters, got {unit!r}")
+    own = {} if isinstance(unit, str) else dict(unit)
+    default = UnitSpec.elements() if unit == "element" else UnitSpec.slices()
+    names, owner, managed = list(encoders), {}, []
+    for modality, (name, given) in enumerate(encoders.items()):
+        for parameter in given.parameters() if isinstance(given, nn.Module) else given:
+            if not isinstance(parameter, Tensor):
+                raise ValueError(f"AMSS: encoders[{name!r}] must have parameters, got {type(parameter).__name__}")
+            if not parameter.requires_grad or not (parameter.dim() >= 2 or parameter in own):
+                continue
+            if (include is not None and not include(parameter)) or (exclude is not None and exclude(parameter)):
+                continue
+            if id(parameter) in owner:
+                if owner[id(parameter)] == modality:
+                    continue
+                raise ValueError(
+                    f"AMSS: a parameter {list(parameter.shape)} belongs to {names[owner[id(parameter)]]!r} and "
+                    f"{name!r}: exclude it, it cannot be updated at two ratios"
+                )
+            owner[id(parameter)] = modality
+            spec = own.pop(parameter, default)
+            spec.check(parameter.shape)
+            managed.append(Managed(parameter, modality, spec, len(managed)))
+    if own:
+        raise ValueError(f"AMSS: unit has {len(own)} parameters that no encoder has, or that need no gradient")
+    return managed
+
+
+def like(layout: Tensor, tensor: Tensor) -> Tensor:
+    """The values of tensor in dtype and memory layout of another."""
+    tensor = tensor.detach()
+    if tensor.stride() == layout.stride() and tensor.dtype == layout.dtype:
+        return tensor
+    return torch.empty_like(layout).copy_(tensor)
+
+
+class Gradients:
+    """The gradients of managed parameters, step by step. Where they lie in memory as they did the last time, nothing is
+    worked out anew: that is what every tensor costs in every step."""
+
+    def __init__(self, managed: list[Managed]):
+        self.managed = managed
+        self._last: Batch | None = None
+        self._strides: list | None = None  # of all gradients, where the last batch serves again
+        self._warned = False
+
+    def __call__(self) -> Batch:
+        gradients = [m.parameter.grad for m in self.managed]
+        strides = self._strides_of(gradients)
+        if strides is not None and strides == self._strides:
+            self._last.tensors = gradients
+            return self._last
+        batch = self.batch(self.managed, gradients)
+        self._last, self._strides = batch, None if batch.copies else strides
+        return batch
+
+    @staticmethod
+    def _strides_of(gradients: list[Tensor | None]) -> list | None:
+        """None where a gradient is missing, sparse or sharded."""
+        try:
+            strides = [g.stride() for g in gradients if type(g) is Tensor]
+        except RuntimeError:  # a sparse one has none
+            return None
+        return strides if len(strides) == len(gradients) else None
+
+    def batch(self, managed: list[Managed], tensors: list[Tensor | None]) -> Batch:
+        """These tensors as the operators take them, without those that are None or sparse."""
+        batch = Batch([], [], [], [], [], [], [], [])
+        for m, tensor in zip(managed, tensors, strict=True):
+            if tensor is None or self._is_sparse(tensor):
+                continue
+            local, shard = local_part(tensor)
+            if shard is not None and (m.spec.kind, m.spec.dim) != ("slices", 0):
+                raise NotImplementedError(f"AMSS: {m.spec} is not served for a gradient whose dimension 0 is sharded")
+            if any(stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True)):
+                raise ValueError(f"AMSS: a gradient {list(local.shape)} must not be expanded, got {local.stride()}")
+            numbers = m.spec.numbers(local.shape, local.stride())
+            if numbers is None:
+                copy = local.contiguous()
+                batch.copies.append((local, copy))
+                local, numbers = copy, m.spec.numbers(copy.shape, copy.stride())
+            batch.managed.append(m)
+            batch.tensors.append(local)
+            batch.specs += numbers
+            batch.modality.append(m.modality)
+            batch.ids.append(m.id)
+            batch.parts.append((numbers[0] * numbers[1], shard))
+            batch.whole += numbers if shard is None else (1, shard.total, *numbers[2:])
+        return batch
+
+    def _is_sparse(self, tensor: Tensor) -> bool:
+        if tensor.layout == torch.strided:
+            return False
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"AMSS leaves {tensor.layout} gradients as they are", stacklevel=5)
+        return True

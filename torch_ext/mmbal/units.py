@@ -1,0 +1,71 @@
+"""Fake kernels and version counters of the operators on units of gradients and on their elements.
+
+The contracts are in include/mmbal/units.h and include/mmbal/elements.h. ``specs`` has nine numbers for each tensor:
+sizes of groups, units, outer and inner, their strides, and the offset of the first element (``unit_specs.UnitSpec``
+makes them). None of these operators has a gradient: they are for ``.grad``, not for the graph.
+"""
+
+import torch
+from torch.library import register_fake
+
+from mmbal._library import check_devices, implementations, ops
+
+SPEC = 9  # numbers for each tensor
+
+
+def count_units(specs: list[int]) -> int:
+    """U of all tensors that specs describe."""
+    return sum(groups * units for groups, units in zip(specs[::SPEC], specs[1::SPEC], strict=True))
+
+
+def _check_lists(op, grads, **others):
+    for t, grad in enumerate(grads):
+        check_devices(op, **{f"grads[{t}]": grad}, **{name: of for name, of in others.items() if of is not None})
+
+
+@register_fake("mmbal::unit_energy_foreach")
+def _(grads, specs, weights=None, importance="gn"):
+    _check_lists("unit_energy_foreach", grads)
+    energy_U = grads[0].new_empty(count_units(specs), dtype=torch.float64)
+    return energy_U, grads[0].new_empty(1, dtype=torch.bool)
+
+
+@register_fake("mmbal::scale_units_foreach_")
+def _(grads, specs, scale_U, skip_1=None, bases=None):
+    _check_lists("scale_units_foreach_", grads, scale=scale_U, skip=skip_1)
+
+
+@register_fake("mmbal::mask_elements_foreach_")
+def _(
+    grads,
+    modality,
+    ids,
+    rho_M,
+    seed,
+    step,
+    sampler="bottomk",
+    lam=0.5,
+    unbiased=False,
+    importance="gn",
+    weights=None,
+    skip_1=None,
+    gradients=None,
+    bases=None,
+):
+    _check_lists("mask_elements_foreach_", grads, rho=rho_M, skip=skip_1)
+
+
+def _told(op):
+    """Tells autograd that the gradients have changed, which torch does for its own operators alone."""
+    call = getattr(ops, op)
+
+    def rule(keys, grads, *rest, **options):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            call(grads, *rest, **options)
+        torch.autograd.graph.increment_version(grads)
+
+    implementations.impl(op, rule, "ADInplaceOrView", with_keyset=True)
+
+
+for _op in ("scale_units_foreach_", "mask_elements_foreach_"):
+    _told(_op)

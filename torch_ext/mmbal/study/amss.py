@@ -19,6 +19,7 @@ from .data import ASSETS
 from .runs import Job, Study, check_seeds, conduct
 
 CODE = ("data", "training", "amss_data", "amss_models", "ogm", "amss_arms", "amss")  # what the numbers rest on
+METHOD = ("amss", "gradients", "ratios", "unit_spec")  # of mmbal.methods
 
 
 def run_study(
@@ -29,7 +30,8 @@ def run_study(
     recipe = recipe or (Recipe.quick() if quick else Recipe())
     code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     clipart = [demo_data.ASSETS / name for name in ("clipart.tsv", "clipart48.png")]
-    files = [*code, Path(inspect.getfile(mmbal.AMSS)), *sorted(ASSETS.glob("*.csv.gz")), *clipart]
+    method = [Path(inspect.getfile(mmbal.AMSS)).with_name(f"{name}.py") for name in METHOD]
+    files = [*code, *method, *sorted(ASSETS.glob("*.csv.gz")), *clipart]
     pictures = {"amss.png": plot_gains, "amss-rho.png": plot_rho}
     jobs = [
         Job(

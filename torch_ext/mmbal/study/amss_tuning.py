@@ -1,7 +1,7 @@
 """The search that chose learning rates, weight decays and alpha of OGM-GE: `python -m mmbal.study.amss_tuning`.
 
 Only validation rows are looked at. Joint training chooses the learning rate and the weight decay, then OGM-GE its alpha
-with these. AMSS is not searched.
+with these. Nothing is chosen for AMSS: what it would make of other learning rates is printed to be read.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main(settings: list[str]) -> None:
         best = search("joint", loaded, grid)
         alphas = [Training(*size, best.learning_rate, best.weight_decay, alpha) for alpha in ALPHAS]
         print(f"{setting}: {search('ogm', loaded, alphas)}", flush=True)
+        search("amss", loaded, [Training(*size, rate, best.weight_decay, 0.0) for rate in RATES[optimizer]])
 
 
 if __name__ == "__main__":

@@ -55,10 +55,10 @@ class Choice:
 
 CHOICES = {  # by `python -m mmbal.study.amss_tuning`; AMSS's own values are its defaults
     "cells-sgd": Choice(0.03, 1e-4, 0.3),
-    "cells-adam": Choice(3e-3, 1e-4, 0.8),
+    "cells-adam": Choice(1e-3, 1e-4, 0.8),
     "chicago-sgd": Choice(0.1, 1e-4, 0.1),
-    "chicago-adam": Choice(1e-2, 1e-4, 0.8),
-    "clipart-sgd": Choice(0.3, 1e-2, 0.03),
+    "chicago-adam": Choice(3e-3, 1e-4, 0.8),
+    "clipart-sgd": Choice(0.1, 1e-2, 0.1),
     "clipart-adam": Choice(1e-3, 1e-4, 0.1),
 }
 

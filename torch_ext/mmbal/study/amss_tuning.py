@@ -21,15 +21,26 @@ ALPHAS = (0.03, 0.1, 0.3, 0.8)
 SEEDS = (0, 1, 2)
 
 
-def search(arm: str, loaded: list, candidates: list[Training]) -> Training:
-    """Print accuracy and loss of each candidate, means of validation rows; return the one with the best accuracy."""
+def search(arm: str, loaded: list, candidates: list[Training]) -> dict[Training, tuple[float, float]]:
+    """Accuracy and negative loss of each candidate, means of the seeds' validation rows; they are printed too."""
     ranks = {}
     for training in candidates:
         outcomes = [train(arm, data, training, seed) for seed, data in zip(SEEDS, loaded, strict=True)]
         accuracy, loss = (statistics.mean(values) for values in zip(*(o.rank for o in outcomes), strict=True))
         ranks[training] = accuracy, loss
         print(f"{arm:6} {training}: accuracy {100 * accuracy:.2f}, loss {-loss:.4f}", flush=True)
-    return max(ranks, key=ranks.__getitem__)
+    return ranks
+
+
+def cautious(ranks: dict[Training, tuple[float, float]]) -> Training:
+    """The smallest learning rate within half a point of the best accuracy, with it the best weight decay.
+
+    The very best rate is now and then one at which half of the weight decays diverge.
+    """
+    best = max(accuracy for accuracy, _ in ranks.values())
+    near = [training for training, (accuracy, _) in ranks.items() if accuracy >= best - 0.005]
+    rate = min(training.learning_rate for training in near)
+    return max((training for training in near if training.learning_rate == rate), key=ranks.__getitem__)
 
 
 def main(settings: list[str]) -> None:
@@ -42,9 +53,10 @@ def main(settings: list[str]) -> None:
         loaded = [load(data_set, seed) for seed in SEEDS]
         size = optimizer, data_set.epochs, data_set.batch
         grid = [Training(*size, *values, 0.0) for values in itertools.product(RATES[optimizer], DECAYS)]
-        best = search("joint", loaded, grid)
+        best = cautious(search("joint", loaded, grid))
         alphas = [Training(*size, best.learning_rate, best.weight_decay, alpha) for alpha in ALPHAS]
-        print(f"{setting}: {search('ogm', loaded, alphas)}", flush=True)
+        ranks = search("ogm", loaded, alphas)
+        print(f"{setting}: {max(ranks, key=ranks.__getitem__)}", flush=True)
         search("amss", loaded, [Training(*size, rate, best.weight_decay, 0.0) for rate in RATES[optimizer]])
 
 

@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include "masks.h"
-#include "radix_sort.h"
 
 static const uint64_t never = UINT64_MAX; /* the key of what has no weight */
 
@@ -227,7 +226,41 @@ typedef struct {
     char *workspace;             /* [workers, BYTES_A_UNIT, widest] */
 } masked_segments;
 
-static const int64_t BYTES_A_UNIT = 2 * sizeof(sort_entry) + 2 * sizeof(uint64_t);
+/* A random word and the unit it belongs to. */
+typedef struct {
+    uint32_t word;
+    int32_t unit;
+} ordered;
+
+/* By word, equal words in the order they come; returns where the result lies: entries or spare, both [n]. */
+static ordered *sort_by_word(ordered *entries, ordered *spare, int64_t n) {
+    enum { INSERTED = 32, DIGITS = 4, BUCKETS = 256 };
+    if (n <= INSERTED) {
+        for (int64_t i = 1; i < n; i++) {
+            const ordered entry = entries[i];
+            int64_t to = i;
+            for (; to > 0 && entries[to - 1].word > entry.word; to--) entries[to] = entries[to - 1];
+            entries[to] = entry;
+        }
+        return entries;
+    }
+    int32_t starts[DIGITS][BUCKETS] = {0};
+    for (int64_t i = 0; i < n; i++)
+        for (int digit = 0; digit < DIGITS; digit++) starts[digit][entries[i].word >> 8 * digit & 255]++;
+    for (int digit = 0; digit < DIGITS; digit++) {
+        int32_t *start = starts[digit], next = 0;
+        for (int bucket = 0; bucket < BUCKETS; bucket++) {
+            const int32_t count = start[bucket];
+            start[bucket] = next, next += count;
+        }
+        for (int64_t i = 0; i < n; i++) spare[start[entries[i].word >> 8 * digit & 255]++] = entries[i];
+        ordered *sorted = spare;
+        spare = entries, entries = sorted;
+    }
+    return entries;
+}
+
+static const int64_t BYTES_A_UNIT = 2 * sizeof(ordered) + 2 * sizeof(uint64_t);
 
 /* One segment and its worker's scratch memory. */
 typedef struct {
@@ -236,7 +269,7 @@ typedef struct {
     int64_t n;
     double rho;
     double *scale, *probability;  /* [n] */
-    sort_entry *entries, *spare;  /* [n] */
+    ordered *entries, *spare;     /* [n] */
     uint64_t *numbers, *numbers2; /* [n] */
 } drawn;
 
@@ -321,13 +354,13 @@ static void draw_systematic(const masked_segments *t, drawn *d) {
     for (int64_t u = 0; u < d->n; u++) {
         const int64_t unit = segment->first_unit + u;
         if (u == 0 || unit % 4 == 0) mmbal_unit_words(t->seed, t->step, segment->id, MMBAL_DRAW_ORDER, unit / 4, words);
-        d->entries[u] = (sort_entry){words[unit % 4], (int32_t)u};
+        d->entries[u] = (ordered){words[unit % 4], (int32_t)u};
     }
-    const sort_entry *order = radix_sort(d->entries, d->spare, d->n);
+    const ordered *order = sort_by_word(d->entries, d->spare, d->n);
     fill_words(t->seed, t->step, segment->id, MMBAL_DRAW_START, segment->first_unit, 1, &start);
     uint64_t sum = start;
     for (int64_t i = 0; i < d->n; i++) {
-        const int64_t u = order[i].from;
+        const int64_t u = order[i].unit;
         const uint64_t before = sum >> 32;
         sum += d->numbers[u];
         keep(d, u, sum >> 32 > before, (double)d->numbers[u] * 0x1p-32, t->options.unbiased);
@@ -349,7 +382,7 @@ static mmbal_status mask_task(void *context, int worker, int64_t begin, int64_t 
         drawn d = {.segment = segment, .n = segment->units, .rho = t->rho[segment->modality]};
         d.energy = t->energy + segment->first;
         d.scale = t->scale + segment->first, d.probability = t->probability + segment->first;
-        d.entries = (sort_entry *)(t->workspace + worker * BYTES_A_UNIT * t->widest), d.spare = d.entries + t->widest;
+        d.entries = (ordered *)(t->workspace + worker * BYTES_A_UNIT * t->widest), d.spare = d.entries + t->widest;
         d.numbers = (uint64_t *)(d.spare + t->widest), d.numbers2 = d.numbers + t->widest;
         double largest = 0;
         for (int64_t u = 0; u < d.n; u++) largest = d.energy[u] > largest ? d.energy[u] : largest;

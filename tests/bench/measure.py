@@ -41,8 +41,11 @@ class Times:
         return (high - low) / self.median
 
 
-def interleaved(contenders: dict[str, Callable[[], None]], seconds: float, least: int = 3) -> dict[str, Times]:
-    """One warm-up each, then turns for about `seconds` in all, in an order that moves by one each round."""
+def interleaved(
+    contenders: dict[str, Callable[[], None]], seconds: float, least: int = 3, before: Callable[[], None] | None = None
+) -> dict[str, Times]:
+    """One warm-up each, then turns for about `seconds` in all, in an order that moves by one each round. `before` runs
+    before every turn and is not timed."""
     for run in contenders.values():
         run()
     names, found = list(contenders), {name: [] for name in contenders}
@@ -50,6 +53,8 @@ def interleaved(contenders: dict[str, Callable[[], None]], seconds: float, least
     while rounds < least or time.perf_counter() - begin < seconds:
         shift = rounds % len(names)
         for name in names[shift:] + names[:shift]:
+            if before is not None:
+                before()
             start = time.perf_counter()
             contenders[name]()
             found[name].append(time.perf_counter() - start)

@@ -36,7 +36,10 @@ void mask_elements_foreach_(std::vector<Tensor> grads, std::vector<int64_t> moda
     STD_TORCH_CHECK((kind == MMBAL_GN_WN) == weights.has_value() || grads.empty(), op,
                     ": weights must be given if, and only if, importance is gn_wn");
     rho = check_rho(op, rho, unbiased);
-    check_tensor_numbers(op, modality, ids, grads.size(), rho.size(0));
+    STD_TORCH_CHECK(modality.size() == grads.size() && ids.size() == grads.size(), op,
+                    ": modality and ids must have one entry for each of the grads, ", grads.size(), ", got ",
+                    modality.size(), " and ", ids.size());
+    for (size_t t = 0; t < grads.size(); t++) check_tensor_numbers(op, modality[t], ids[t], rho.size(0));
     check_step(op, step);
     check_beside(op, "weights", weights, grads);
     check_beside(op, "gradients", gradients, grads);

@@ -52,17 +52,10 @@ inline Tensor check_rho(const char *op, const Tensor &rho, bool unbiased) {
     return values;
 }
 
-// modality and id of each of T tensors
-inline void check_tensor_numbers(const char *op, const std::vector<int64_t> &modality, const std::vector<int64_t> &ids,
-                                 size_t T, int64_t M) {
-    STD_TORCH_CHECK(modality.size() == T, op, ": modality must have one entry for each tensor, ", T, ", got ",
-                    modality.size());
-    STD_TORCH_CHECK(ids.size() == T, op, ": ids must have one entry for each tensor, ", T, ", got ", ids.size());
-    for (size_t t = 0; t < T; t++) {
-        STD_TORCH_CHECK(modality[t] >= 0 && modality[t] < M, op, ": modality must be from 0 to M - 1 = ", M - 1,
-                        ", got ", modality[t]);
-        STD_TORCH_CHECK(ids[t] >= 0 && ids[t] <= UINT32_MAX, op, ": ids must be from 0 to 2^32 - 1, got ", ids[t]);
-    }
+inline void check_tensor_numbers(const char *op, int64_t modality, int64_t id, int64_t M) {
+    STD_TORCH_CHECK(modality >= 0 && modality < M, op, ": modality must be from 0 to M - 1 = ", M - 1, ", got ",
+                    modality);
+    STD_TORCH_CHECK(id >= 0 && id <= UINT32_MAX, op, ": id must be from 0 to 2^32 - 1, got ", id);
 }
 
 inline bool is_set(const char *op, const std::optional<Tensor> &skip) {

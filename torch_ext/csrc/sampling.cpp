@@ -1,7 +1,6 @@
 #include "mmbal/sampling.h"
 
 #include "sampler.h"
-#include "units.h"
 
 namespace mmbal {
 namespace {
@@ -59,31 +58,34 @@ std::tuple<Tensor, Tensor> waterfill(Tensor w, Tensor kappa, double lam) {
     return {p, c};
 }
 
-std::tuple<Tensor, Tensor> mask_units(Tensor energy, std::vector<int64_t> specs, std::vector<int64_t> modality,
-                                      std::vector<int64_t> ids, Tensor rho, int64_t seed, int64_t step,
-                                      std::string sampler, double lam, bool unbiased) {
+std::tuple<Tensor, Tensor> mask_units(Tensor energy, std::vector<int64_t> segments, Tensor rho, int64_t seed,
+                                      int64_t step, std::string sampler, double lam, bool unbiased) {
     const char *op = "mask_units";
     const mmbal_mask_options options = mask_options(op, sampler, lam, unbiased);
     rho = check_rho(op, rho, unbiased);
-    const size_t T = count_specs(op, specs);
-    check_tensor_numbers(op, modality, ids, T, rho.size(0));
     check_step(op, step);
-    std::vector<mmbal_segment> segments;
+    constexpr size_t numbers = 4;
+    STD_TORCH_CHECK(segments.size() % numbers == 0, op, ": segments must have ", numbers,
+                    " numbers for each tensor, groups, units, modality, id; got ", segments.size());
+    std::vector<mmbal_segment> groups;
     int64_t U = 0;
-    for (size_t t = 0; t < T; t++) {
-        const int64_t groups = specs[SPEC * t], units = specs[SPEC * t + 1];
-        STD_TORCH_CHECK(units <= INT32_MAX, op, ": specs must have fewer than 2^31 units a group, got ", units);
-        for (int64_t group = 0; group < groups; group++, U += units)
-            segments.push_back({U, units, modality[t], ids[t], group * units});
+    for (size_t t = 0; t < segments.size(); t += numbers) {
+        const int64_t *of = segments.data() + t;
+        check_tensor_numbers(op, of[2], of[3], rho.size(0));
+        STD_TORCH_CHECK(of[0] >= 0 && of[1] >= 0 && of[1] <= INT32_MAX, op,
+                        ": segments must have groups and units of at least 0, units below 2^31, got ", of[0], " and ",
+                        of[1]);
+        for (int64_t group = 0; group < of[0]; group++, U += of[1])
+            groups.push_back({U, of[1], of[2], of[3], group * of[1]});
     }
     check_shape(op, "energy", energy, "[U]", {U});
     check_dtype(op, "energy", energy, ScalarType::Double);
     energy = torch::stable::contiguous(energy);
-    const int64_t S = static_cast<int64_t>(segments.size());
+    const int64_t S = static_cast<int64_t>(groups.size());
     Tensor scale = torch::stable::new_empty(energy, {U}), probability = torch::stable::new_empty(energy, {U});
     TorchPool pool;
-    const Workspace workspace(mmbal_mask_units_workspace(segments.data(), S, pool.get()));
-    check(mmbal_mask_units(static_cast<const double *>(energy.const_data_ptr()), segments.data(),
+    const Workspace workspace(mmbal_mask_units_workspace(groups.data(), S, pool.get()));
+    check(mmbal_mask_units(static_cast<const double *>(energy.const_data_ptr()), groups.data(),
                            static_cast<const double *>(rho.const_data_ptr()), U, S, rho.size(0), seed, step, options,
                            static_cast<double *>(scale.mutable_data_ptr()),
                            static_cast<double *>(probability.mutable_data_ptr()), workspace.data(), pool.get()),
@@ -97,8 +99,8 @@ std::tuple<Tensor, Tensor> mask_units(Tensor energy, std::vector<int64_t> specs,
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("weighted_sample(Tensor w, Tensor k, int seed, int step) -> Tensor");
     m.def("waterfill(Tensor w, Tensor kappa, float lam) -> (Tensor, Tensor)");
-    m.def("mask_units(Tensor energy, int[] specs, int[] modality, int[] ids, Tensor rho, int seed, int step, "
-          "str sampler=\"bottomk\", float lam=0.5, bool unbiased=False) -> (Tensor, Tensor)");
+    m.def("mask_units(Tensor energy, int[] segments, Tensor rho, int seed, int step, str sampler=\"bottomk\", float "
+          "lam=0.5, bool unbiased=False) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
     m.impl("weighted_sample", TORCH_BOX(&mmbal::weighted_sample));

@@ -28,7 +28,7 @@ int64_t reach(const Sizes &sizes, const Strides &strides, size_t dims) {
     return last + 1;
 }
 
-// Tensors seen as specs say. layout: what the tensors must look like; the values come from `tensors`.
+// Tensors seen as specs say.
 inline std::vector<mmbal_units> units_of(const char *op, const char *name, const std::vector<Tensor> &tensors,
                                          const std::vector<int64_t> &specs, bool writes) {
     const size_t T = count_specs(op, specs);
@@ -42,10 +42,11 @@ inline std::vector<mmbal_units> units_of(const char *op, const char *name, const
         of.dtype = storage_dtype(op, name, tensor);
         STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, "[", t, "] must be on the CPU like the other arguments");
         for (int axis = 0; axis < 4; axis++) of.size[axis] = spec[axis], of.stride[axis] = spec[4 + axis];
+        const auto sizes = tensor.sizes(), strides = tensor.strides();
         const int64_t offset = spec[8], viewed = reach(of.size, of.stride, 4);
-        STD_TORCH_CHECK(viewed == 0 || offset + viewed <= reach(tensor.sizes(), tensor.strides(), tensor.dim()), op,
-                        ": specs[", t, "] must stay within its tensor ", shape_text(tensor.sizes()), ", and reach ",
-                        offset + viewed, " elements");
+        STD_TORCH_CHECK(viewed == 0 || offset + viewed <= reach(sizes, strides, sizes.size()), op, ": specs[", t,
+                        "] must stay within its tensor ", shape_text(sizes), ", and reach ", offset + viewed,
+                        " elements");
         of.data = writes ? tensor.mutable_data_ptr() : const_cast<void *>(tensor.const_data_ptr());
         if (of.data) of.data = static_cast<char *>(of.data) + offset * static_cast<int64_t>(tensor.element_size());
     }

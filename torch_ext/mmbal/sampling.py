@@ -19,6 +19,6 @@ def _(w_SN, kappa_S, lam):
 
 
 @register_fake("mmbal::mask_units")
-def _(energy_U, specs, modality, ids, rho_M, seed, step, sampler="bottomk", lam=0.5, unbiased=False):
+def _(energy_U, segments, rho_M, seed, step, sampler="bottomk", lam=0.5, unbiased=False):
     check_devices("mask_units", energy=energy_U, rho=rho_M)
     return energy_U.new_empty(energy_U.shape), energy_U.new_empty(energy_U.shape)

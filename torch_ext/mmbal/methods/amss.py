@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from mmbal.methods.gradients import Batch, Gradients, Managed, Predicate, collec
 from mmbal.methods.ratios import ConcatHead, Outputs, Ratios, Significance, choose
 from mmbal.methods.sharding import gather_energy, local_units
 from mmbal.methods.unit_spec import UnitSpec
+from mmbal.units import in_place
 
 SAMPLERS = ("bottomk", "systematic", "independent", "topk", "uniform")
 IMPORTANCES = ("gn", "sqrt_gn", "gn_wn")
@@ -84,13 +86,14 @@ class AMSS:
     In a training loop
     ------------------
     - Gradient accumulation: ``observe(outputs, y)`` for each micro-batch, ``step()`` once before the optimizer's.
-    - AMP: after ``scaler.unscale_(optimizer)`` (before it works too: masks do not depend on the scale). Where any
-      managed gradient is not finite every gradient stays as it is, so that the scaler skips the step; ``skipped``
-      counts.
+    - AMP: after ``scaler.unscale_(optimizer)`` (before it works too, but with ``ema``: masks do not depend on the
+      scale). Where any managed gradient is not finite every gradient stays as it is, so that the scaler skips the step;
+      ``skipped`` counts.
     - Clipping: ``step`` before ``clip_grad_norm_`` as a rule: the norm is then that of what is applied, though clipping
       biases AMSS+. Clipping first is unbiased for the clipped gradient.
     - DDP: every rank observes its own batch; the statistics are summed, so that all draw the same masks. FSDP2: units
       that are slices of the sharded dimension 0 are served, others refused; ``step`` is a collective call.
+      Make AMSS after ``fully_shard``, which replaces the parameters.
     - ``optimizer.step(closure)``: call ``step`` in the closure after ``backward``.
     - Gradients that are None are left alone; sparse ones too, with a warning.
     """
@@ -156,6 +159,7 @@ class AMSS:
         self._energy: dict[int, Tensor] = {}  # moving averages by id
         self._undone: _Undone | None = None
         self._attached = 0
+        self._warned = False
 
     @classmethod
     def from_concat_head(
@@ -184,7 +188,7 @@ class AMSS:
         for modality, (first, width) in enumerate(concat.columns if mask_head else []):
             managed = Managed(head.weight, modality, UnitSpec.columns(first, width), len(amss._managed))
             amss._managed.append(managed)
-            amss._units.managed.append(managed)
+            amss._units.add(managed)
         return amss
 
     # --- In the loop -----------------------------------------------------------------------------------------------
@@ -213,6 +217,9 @@ class AMSS:
             raise RuntimeError("AMSS: where='update' needs attach(optimizer): the step is masked after it is taken")
         rho_M = self._ratios.next(rho)
         units, elements = self._units(), self._elements()
+        if self._managed and not units.managed and not elements.managed and not self._warned:
+            self._warned = True
+            warnings.warn("AMSS: no managed parameter has a gradient: were they replaced since?", stacklevel=3)
         scale, skip = self._draw(units, rho_M)
         if elements.tensors:
             skip = self._any_nonfinite(elements, skip)
@@ -222,7 +229,7 @@ class AMSS:
             self._undone = self._remember(units, elements, scale, rho_M, skip)
         else:
             if units.tensors:
-                ops.scale_units_foreach_(units.tensors, units.specs, scale, skip)
+                in_place(ops.scale_units_foreach_, units.tensors, units.specs, scale, skip)
                 units.write_back()
             if elements.tensors:
                 self._mask_elements(elements, rho_M, self._steps, skip)
@@ -240,16 +247,7 @@ class AMSS:
         if self.ema:
             energy = self._averaged(units, energy, nonfinite)
         scale, _ = ops.mask_units(
-            energy,
-            units.whole,
-            units.modality,
-            units.ids,
-            rho_M,
-            self.seed,
-            self._steps,
-            self._unit_sampler,
-            self.lam,
-            self.plus,
+            energy, units.segments, rho_M, self.seed, self._steps, self._unit_sampler, self.lam, self.plus
         )
         return (local_units(scale, units.parts) if units.sharded else scale), nonfinite
 
@@ -258,8 +256,9 @@ class AMSS:
         for m, (count, shard) in zip(units.managed, units.parts, strict=True):
             count = count if shard is None else shard.total
             now = energy[first : first + count]
-            before = self._energy.get(m.id, now)
-            self._energy[m.id] = torch.where(nonfinite, before, self.ema * before + (1 - self.ema) * now)
+            before = self._energy.get(m.id, torch.full_like(now, torch.nan)).to(now.device)  # NaN: none yet
+            fresh = torch.where(before.isnan(), now, self.ema * before + (1 - self.ema) * now)
+            self._energy[m.id] = torch.where(nonfinite, before, fresh)
             averages.append(self._energy[m.id])
             first += count
         return torch.cat(averages)
@@ -269,10 +268,11 @@ class AMSS:
         return nonfinite if skip is None else skip | nonfinite
 
     def _mask_elements(self, batch: Batch, rho_M, step, skip, gradients=None, bases=None) -> None:
-        ops.mask_elements_foreach_(
+        in_place(
+            ops.mask_elements_foreach_,
             batch.tensors,
-            batch.modality,
-            batch.ids,
+            batch.segments[2::4],
+            batch.segments[3::4],
             rho_M,
             self.seed,
             step,
@@ -303,14 +303,15 @@ class AMSS:
         if u is None:
             return
         if u.units.tensors:
-            ops.scale_units_foreach_(u.units.tensors, u.units.specs, u.scale, u.skip, u.unit_bases)
+            in_place(ops.scale_units_foreach_, u.units.tensors, u.units.specs, u.scale, u.skip, u.unit_bases)
         if u.elements.tensors:
             self._mask_elements(u.elements, u.rho, u.step, u.skip, u.gradients, u.element_bases)
 
     def attach(self, optimizer: torch.optim.Optimizer, step: bool = True):
         """Calls ``step()`` before every step of this optimizer, so that ``observe`` is the one line in the loop;
         returns a handle with ``remove()``. step=False: only what where="update" needs, for loops in which a closure or
-        a framework calls ``step`` after ``backward``."""
+        a framework calls ``step`` after ``backward``. A step that a GradScaler skips does not come here: what was
+        observed for it counts in the next, and ``skipped`` does not."""
 
         def before(_, args, kwargs) -> None:
             if any(given is not None and given is not optimizer for given in (*args, kwargs.get("closure"))):

@@ -32,9 +32,7 @@ class Batch:
     managed: list[Managed]
     tensors: list[Tensor]
     specs: list[int]
-    modality: list[int]
-    ids: list[int]
-    whole: list[int]  # specs of the whole parameters, where tensors are shards of them
+    segments: list[int]  # groups and units of the whole parameter (tensors may be shards), modality, id
     parts: list[tuple[int, Shard | None]]  # units here, and which shard they are
     copies: list[tuple[Tensor, Tensor]]  # gradients that four axes cannot describe, and what is masked for them
 
@@ -101,33 +99,41 @@ class Gradients:
     worked out anew: that is what every tensor costs in every step."""
 
     def __init__(self, managed: list[Managed]):
-        self.managed = managed
+        self.managed = list(managed)
+        self._parameters = [m.parameter for m in managed]
         self._last: Batch | None = None
-        self._strides: list | None = None  # of all gradients, where the last batch serves again
+        self._layout: list | None = None  # for which the last batch serves again
         self._warned = False
 
+    def add(self, managed: Managed) -> None:
+        self.managed.append(managed)
+        self._parameters.append(managed.parameter)
+
     def __call__(self) -> Batch:
-        gradients = [m.parameter.grad for m in self.managed]
-        strides = self._strides_of(gradients)
-        if strides is not None and strides == self._strides:
+        gradients = [parameter.grad for parameter in self._parameters]
+        layout = self._layout_of(gradients)
+        if layout is not None and layout == self._layout:
             self._last.tensors = gradients
             return self._last
         batch = self.batch(self.managed, gradients)
-        self._last, self._strides = batch, None if batch.copies else strides
+        self._last, self._layout = batch, None if batch.copies else layout
         return batch
 
     @staticmethod
-    def _strides_of(gradients: list[Tensor | None]) -> list | None:
-        """None where a gradient is missing, sparse or sharded."""
+    def _layout_of(gradients: list[Tensor | None]) -> list | None:
+        """What says how all of them lie in memory: that they are contiguous, or their strides. None where one is
+        missing, sparse or sharded."""
         try:
-            strides = [g.stride() for g in gradients if type(g) is Tensor]
-        except RuntimeError:  # a sparse one has none
+            contiguous = [g.is_contiguous() for g in gradients if type(g) is Tensor]
+        except RuntimeError:  # of a sparse one it cannot be said
             return None
-        return strides if len(strides) == len(gradients) else None
+        if len(contiguous) < len(gradients):
+            return None
+        return contiguous if all(contiguous) else [g.stride() for g in gradients]
 
     def batch(self, managed: list[Managed], tensors: list[Tensor | None]) -> Batch:
         """These tensors as the operators take them, without those that are None or sparse."""
-        batch = Batch([], [], [], [], [], [], [], [])
+        batch = Batch([], [], [], [], [], [])
         for m, tensor in zip(managed, tensors, strict=True):
             if tensor is None or self._is_sparse(tensor):
                 continue
@@ -144,10 +150,8 @@ class Gradients:
             batch.managed.append(m)
             batch.tensors.append(local)
             batch.specs += numbers
-            batch.modality.append(m.modality)
-            batch.ids.append(m.id)
             batch.parts.append((numbers[0] * numbers[1], shard))
-            batch.whole += numbers if shard is None else (1, shard.total, *numbers[2:])
+            batch.segments += (numbers[0], numbers[1] if shard is None else shard.total, m.modality, m.id)
         return batch
 
     def _is_sparse(self, tensor: Tensor) -> bool:

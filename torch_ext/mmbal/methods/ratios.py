@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmbal._library import ops
 from mmbal.methods.rows import in_order, sum_over_ranks
+from mmbal.methods.sharding import whole
 
 TAU = {"rate": 1.25, "rate_unnormalised": 0.2, "mi": 0.5}  # the authors' 0.2 and 0.5; 0.2 ln 512 normalised
 OFFSET = {"rate": 0.5, "rate_unnormalised": 0.5, "mi": 0.0}
@@ -88,7 +89,7 @@ class Ratios:
 
     def observe(self, outputs: Outputs | None, y: Tensor | None) -> None:
         sums = self._rates(outputs, y) if callable(self.significance) else self._sums(outputs, y)
-        self.seen = sums if self.seen is None else [a + b for a, b in zip(self.seen, sums, strict=True)]
+        self.seen = sums if self.seen is None else [a.to(b.device) + b for a, b in zip(self.seen, sums, strict=True)]
 
     def _rates(self, outputs, y) -> list[Tensor]:
         rates = torch.as_tensor(self.significance(outputs, y)).detach().to(torch.float64)
@@ -224,9 +225,10 @@ class ConcatHead:
                 + ("" if self.columns is None else f", of the modalities {[width for _, width in columns]}")
                 + f"; the encoders give {widths}"
             )
-        M, bias = len(features), self.head.bias
+        M, head = len(features), whole(self.head.weight)
+        bias = None if self.head.bias is None else whole(self.head.bias)
         outputs = {}
         for name, z, (first, width) in zip(self.modalities, features, columns, strict=True):
-            weight = self.head.weight[:, first : first + width]
+            weight = head[:, first : first + width]
             outputs[name] = F.linear(z, weight.to(z.dtype), None if bias is None else (bias / M).to(z.dtype)), z
         return outputs

@@ -43,6 +43,11 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Shard | None]:
     return local, Shard(mesh.get_group(axis), first, local.shape[0], total)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process that holds a part of it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def gather_energy(energy_U: Tensor, nonfinite: Tensor, parts: list[tuple[int, Shard | None]]) -> tuple[Tensor, Tensor]:
     """Energies of whole parameters from those of the parts that each process holds: (units here, shard) of each
     parameter in order. Every unit belongs to one process, so that the sum is exact."""

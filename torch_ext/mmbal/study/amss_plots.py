@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -12,12 +13,13 @@ from matplotlib.ticker import MaxNLocator
 
 from mmbal.demo.model import replace_file
 
-from .amss_arms import OPTIMIZERS, TITLES
+from .amss_arms import FUSED, OPTIMIZERS, TITLES
 from .amss_data import DATA_SETS
 from .amss_report import COMPARED, MASKED, key_of, title_of
-from .comparing import dress, gain_dot, reach_of, verdict_handles
+from .comparing import dress, gain_dot, verdict_handles
 
 MODALITY_COLOURS = ("#2468b4", "#c0562f", "#3a8f5c", "#8d5fb0")
+MARKERS = ("o", "s", "^", "D")
 GAP_LINES = {  # arm: colour and width; grey is what AMSS has to beat
     "joint": ("#222222", 2.2),
     "amss": ("#2468b4", 2.2),
@@ -37,23 +39,33 @@ def _seeds_text(results: dict, bars: str) -> str:
     return f"{bars} of {count} seeds" if count > 1 else "one seed"
 
 
+def _common_reach(results: dict) -> dict[int, float]:
+    """One scale for all panels: to the right every interval of a fused arm shows whole, to the left nine in ten."""
+    gains = [own["arms"][arm]["over_joint"] for own in results["settings"].values() for arm in COMPARED if arm in FUSED]
+    far = {}
+    for side in (-1, 1):
+        ends = sorted(side * gain["mean"] + (gain["half_interval"] or 0) for gain in gains)
+        share = 1 if side > 0 else 0.9
+        far[side] = max(1.1 * ends[math.ceil(share * len(ends)) - 1], 0.5)
+    return far
+
+
 def plot_gains(results: dict, path: Path) -> None:
     """A panel a data set and optimizer, a dot an arm: its gain over joint training with the 95 % interval."""
     figure, axes = plt.subplots(len(OPTIMIZERS), len(DATA_SETS), figsize=(12, 7.2), layout="constrained", squeeze=False)
+    far = _common_reach(results)
     for row, optimizer in zip(axes, OPTIMIZERS, strict=True):
         for axis, data_set in zip(row, DATA_SETS, strict=True):
             arms = results["settings"][key_of(data_set, optimizer)]["arms"]
-            gains = [arms[arm]["over_joint"] for arm in COMPARED]
-            far = reach_of(gains)
             axis.axvline(0, color="black", linewidth=1.2)
-            for place, gain in enumerate(gains):
-                gain_dot(axis, gain, place, far)
+            for place, arm in enumerate(COMPARED):
+                gain_dot(axis, arms[arm]["over_joint"], place, far)
             axis.axhline(len(MASKED) - 0.5, color="#b0b0b0", linewidth=0.8, linestyle=":")
             axis.set_xlim(-far[-1], far[1])
-            axis.set_ylim(len(gains) - 0.5, -0.5)
+            axis.set_ylim(len(COMPARED) - 0.5, -0.5)
             dress(axis, title_of(data_set, optimizer), "accuracy gained, points")
             labels = [TITLES[arm] for arm in COMPARED]
-            axis.set_yticks(range(len(gains)), labels if axis is row[0] else [""] * len(gains))
+            axis.set_yticks(range(len(labels)), labels if axis is row[0] else [""] * len(labels))
     bars = _seeds_text(results, "mean and 95 % interval")
     figure.suptitle(f"Does AMSS beat joint training (the black line)? {bars}", fontsize=12.5)
     figure.legend(handles=verdict_handles(plt), loc="outside lower center", ncols=3, frameon=False)
@@ -72,17 +84,18 @@ def plot_rho(results: dict, path: Path) -> None:
     for column, data_set in enumerate(DATA_SETS):
         setting = results["settings"][key_of(data_set, SHOWN)]
         top, bottom = axes[0, column], axes[1, column]
-        for colour, name in zip(MODALITY_COLOURS, data_set.modalities, strict=False):
+        for place, (colour, name) in enumerate(zip(MODALITY_COLOURS, data_set.modalities, strict=False)):
             values = setting["arms"]["amss"]["ratio"][name]
-            epochs = range(1, len(values) + 1)
-            label = f"{name} (strong)" if name == setting["strong"] else name
-            style = "-" if name == setting["strong"] else "--"
-            top.plot(epochs, values, style, color=colour, linewidth=2, label=label)
+            strong = name == setting["strong"]
+            look = {"linewidth": 2.8} if strong else {"linewidth": 1.5, "marker": MARKERS[place], "markersize": 6}
+            look["markevery"] = (place, 4)  # of lines that coincide each shows its own markers
+            label = f"{name} (best alone)" if strong else name
+            top.plot(range(1, len(values) + 1), values, color=colour, label=label, **look)
         balanced = 1 - 1 / len(data_set.modalities)
-        top.axhline(balanced, color="#7d8794", linewidth=1, linestyle=":", label="none ahead")
+        top.axhline(balanced, color="#7d8794", linewidth=1, linestyle=":", label="if none is ahead")
         top.set_ylim(0, 1)
         top.set_title(title_of(data_set, SHOWN), fontsize=11)
-        top.legend(frameon=False, fontsize=9, ncols=2)
+        top.legend(edgecolor="none", framealpha=0.9, fontsize=9, ncols=2 if len(data_set.modalities) > 2 else 1)
         for arm, (colour, width) in GAP_LINES.items():
             values = setting["arms"][arm]["gap"]
             bottom.plot(range(1, len(values) + 1), values, color=colour, linewidth=width, label=TITLES[arm])
@@ -92,7 +105,7 @@ def plot_rho(results: dict, path: Path) -> None:
         _plain(top)
         _plain(bottom)
     axes[0, 0].set_ylabel("share of the encoder that AMSS\nupdates in a step (rho)")
-    axes[1, 0].set_ylabel("modality gap: accuracy of the strong\nmodality minus the others', points")
+    axes[1, 0].set_ylabel("modality gap, points: accuracy of the\nmodality best alone minus the others'")
     figure.legend(
         *axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(GAP_LINES), frameon=False
     )

@@ -193,9 +193,10 @@ HOW = """
   with batch norm to 64 features a picture; one linear layer over the concatenated features. Cosine to zero; SGD has
   momentum 0.9. No augmentation. The epoch with the best validation accuracy counts, of equal ones the one with the
   lower loss. All arms of a seed share initial weights and batches.
-- Learning rate and weight decay were chosen for joint training on validation rows, for SGD and Adam apart, alpha of
-  OGM-GE with these, also on validation rows (`python -m mmbal.study.amss_tuning`); AMSS's values are its defaults. That
-  favours joint training a little, and OGM-GE over AMSS.
+- Learning rate and weight decay were chosen for joint training on validation rows, for SGD and Adam apart: the smallest
+  rate within half a point of the best. Alpha of OGM-GE was chosen with these, also on validation rows
+  (`python -m mmbal.study.amss_tuning`); AMSS's values are its defaults. That favours joint training a little, and
+  OGM-GE over AMSS.
 - AMSS, AMSS+ mask in every step from the first to the last the gradients of the encoders' weights, not of biases and
   batch norm. Uniform: the same ratios, masks drawn without regard to gradients. Top-k: the same ratios, the units with
   the largest gradients.
@@ -206,8 +207,7 @@ HOW = """
   of the bias). Gap: that of the strong modality (the best alone) minus the mean of the others, in the last epoch.
 - Better and worse: the 95 % interval (Student's t) of the paired gain over the seeds leaves out zero. Seeds change
   initial weights, batches, masks and, but in `chicago`, the validation rows; never the test rows, so the interval says
-  nothing of other test rows. Among {comparisons} comparisons with joint training about {chance} would look clear by
-  chance.
+  nothing of other test rows. Of {comparisons} comparisons with joint training about {chance} would be clear by chance.
 """.strip()
 
 

@@ -65,10 +65,15 @@ test-python: $(INSTALLED)
 bench: $(INSTALLED) bench-phases ## benchmarks against peers, a chosen subset in less than ten minutes
 	$(VENV)/bin/python tests/bench/run.py $(ARGS)
 	$(VENV)/bin/python tests/bench/btw.py
+	$(VENV)/bin/python tests/bench/amss.py
 
 .PHONY: bench-btw
 bench-btw: $(INSTALLED) ## the part of bench about weights of modalities
 	$(VENV)/bin/python tests/bench/btw.py $(ARGS)
+
+.PHONY: bench-amss
+bench-amss: $(INSTALLED) ## the part of bench about masked subnetworks
+	$(VENV)/bin/python tests/bench/amss.py $(ARGS)
 
 .PHONY: bench-full
 bench-full: $(INSTALLED) ## benchmarks of every shape, hours; goes on where it was stopped

@@ -17,7 +17,7 @@ typedef struct mmbal_elements {
     void *data;           /* [count], in and out */
     const void *gradient; /* [count]: what the importance is taken from; NULL: data */
     const void *weights;  /* [count]: the parameter, for gn_wn */
-    const void *base;     /* [count] or NULL: 0 */
+    const void *base;     /* [count] or NULL: 0; with a gradient only */
     int64_t count;
     mmbal_dtype dtype;
     int64_t modality; /* of rho[M] */

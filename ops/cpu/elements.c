@@ -15,9 +15,19 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t count_chunks(const mmbal_elements *t) { return (t->count + CHUNK - 1) / CHUNK; }
 
 typedef struct element_work element_work;
-typedef void tile_action(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n);
+typedef void tile_action(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n, const double *w);
 
-/* The passes over one tensor. */
+static const int64_t NO_TIES = -1; /* a chunk without */
+
+/* Of one tensor, found before any is changed. */
+typedef struct {
+    double sum, level;
+    int64_t positive, ties; /* ties: how many of the elements with the threshold's key are kept */
+    uint32_t threshold;
+} found_mask;
+
+/* The passes over one tensor. A key's upper bits choose a bin first, its lower ones then. */
+enum { LOWER_BITS = 15, KEY_BINS = 1 << 16 };
 struct element_work {
     element_pass pass;
     const mmbal_row_tasks *tasks;
@@ -25,16 +35,24 @@ struct element_work {
     double *sums;    /* [chunks] */
     int64_t *counts; /* [chunks] */
     int64_t *bins;   /* [workers, KEY_BINS] */
-    uint32_t coarse; /* the upper bits of the threshold */
-    int64_t ties;    /* how many of the elements with the threshold's key are kept */
+    uint32_t upper;  /* bits of the threshold */
+    int64_t ties;
 };
+
+static tile_action multiply_ties;
 
 static mmbal_status act_on_chunks(void *context, int worker, int64_t begin, int64_t end) {
     element_work *work = context;
+    const mmbal_elements *tensor = work->pass.tensor;
     for (int64_t chunk = begin; chunk < end; chunk++) {
-        const int64_t last = least((chunk + 1) * CHUNK, work->pass.tensor->count);
-        for (int64_t first = chunk * CHUNK; first < last; first += ELEMENTS_PER_TILE)
-            work->action(work, chunk, worker, first, least(ELEMENTS_PER_TILE, last - first));
+        const int64_t last = least((chunk + 1) * CHUNK, tensor->count);
+        if (work->action == multiply_ties && work->counts[chunk] == NO_TIES) continue;
+        for (int64_t first = chunk * CHUNK; first < last; first += ELEMENTS_PER_TILE) {
+            const int64_t n = least(ELEMENTS_PER_TILE, last - first);
+            double w[ELEMENTS_PER_TILE];
+            work->tasks->element_weights[tensor->dtype](&work->pass, first, n, w);
+            work->action(work, chunk, worker, first, n, w);
+        }
     }
     return MMBAL_OK;
 }
@@ -44,81 +62,63 @@ static mmbal_status act(element_work *work, tile_action *action, const mmbal_poo
     return pool->run(pool->self, count_chunks(work->pass.tensor), 1, act_on_chunks, work);
 }
 
-static double sum_of(const double *values, int64_t n) {
-    double parts[4] = {0};
-    for (int64_t i = 0; i < n; i++) parts[i % 4] += values[i];
-    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+static void count_upper(element_work *work, int worker, int64_t first, int64_t n, const double *w) {
+    uint32_t keys[ELEMENTS_PER_TILE];
+    int64_t *bins = work->bins + worker * KEY_BINS;
+    work->tasks->element_keys(&work->pass, first, n, w, keys);
+    for (int64_t i = 0; i < n; i++) bins[keys[i] >> LOWER_BITS]++;
 }
 
-/* The sum of the weights, and how many are greater than 0. */
-static void add_weights(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n) {
-    (void)worker;
-    double weights[ELEMENTS_PER_TILE];
-    work->tasks->element_weights[work->pass.tensor->dtype](&work->pass, first, n, weights);
-    work->sums[chunk] += sum_of(weights, n);
-    for (int64_t i = 0; i < n; i++) work->counts[chunk] += weights[i] > 0;
+static void sum_weights(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n, const double *w) {
+    work->tasks->add_weights(n, w, &work->sums[chunk], &work->counts[chunk]);
+    if (work->pass.sampler != MMBAL_INDEPENDENT) count_upper(work, worker, first, n, w);
 }
 
-/* Of what is not capped at the present level the sum of q, and how many are capped. */
-static void add_uncapped(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n) {
-    (void)worker;
-    const element_pass *pass = &work->pass;
-    double q[ELEMENTS_PER_TILE];
-    work->tasks->element_weights[pass->tensor->dtype](pass, first, n, q);
-    for (int64_t i = 0; i < n; i++) {
-        q[i] = pass->scale_of_weight * q[i] + pass->floor;
-        const int capped = pass->level * q[i] >= 1;
-        work->counts[chunk] += capped;
-        q[i] = capped ? 0 : q[i];
-    }
-    work->sums[chunk] += sum_of(q, n);
+static void sum_uncapped(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n, const double *w) {
+    (void)worker, (void)first;
+    work->tasks->add_uncapped(&work->pass, n, w, &work->sums[chunk], &work->counts[chunk]);
 }
 
-static void count_coarse(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n) {
+static void count_lower(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n, const double *w) {
     (void)chunk;
     uint32_t keys[ELEMENTS_PER_TILE];
     int64_t *bins = work->bins + worker * KEY_BINS;
-    work->tasks->element_keys[work->pass.tensor->dtype](&work->pass, first, n, keys);
-    for (int64_t i = 0; i < n; i++) bins[keys[i] >> COARSE_SHIFT]++;
-}
-
-static void count_fine(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n) {
-    (void)chunk;
-    uint32_t keys[ELEMENTS_PER_TILE];
-    int64_t *bins = work->bins + worker * KEY_BINS;
-    work->tasks->element_keys[work->pass.tensor->dtype](&work->pass, first, n, keys);
+    work->tasks->element_keys(&work->pass, first, n, w, keys);
     for (int64_t i = 0; i < n; i++)
-        if (keys[i] >> COARSE_SHIFT == work->coarse) bins[keys[i] & ((1u << COARSE_SHIFT) - 1)]++;
+        if (keys[i] >> LOWER_BITS == work->upper) bins[keys[i] & ((1u << LOWER_BITS) - 1)]++;
 }
 
-static void count_ties(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n) {
+static void multiply_smallest(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n,
+                              const double *w) {
     (void)worker;
     uint32_t keys[ELEMENTS_PER_TILE];
-    work->tasks->element_keys[work->pass.tensor->dtype](&work->pass, first, n, keys);
-    for (int64_t i = 0; i < n; i++) work->counts[chunk] += keys[i] == work->pass.threshold;
+    double multipliers[ELEMENTS_PER_TILE];
+    work->tasks->element_keys(&work->pass, first, n, w, keys);
+    work->counts[chunk] += work->tasks->keep_smallest(&work->pass, n, keys, multipliers);
+    work->tasks->element_multiply[work->pass.tensor->dtype](&work->pass, first, n, multipliers);
 }
 
-/* Keys below the threshold are kept, and the first `ties` of those that equal it: counts holds how many come before the
- * chunk. */
-static void multiply_smallest(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n) {
+/* What multiply_smallest left: the first `ties` of the elements whose key is the threshold are kept; counts holds how
+ * many come before the chunk. Keys are what they were: of elements that were set to 0 infinite, of others the same. */
+static void multiply_ties(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n, const double *w) {
     (void)worker;
     const element_pass *pass = &work->pass;
     uint32_t keys[ELEMENTS_PER_TILE], equal = 0;
     double multipliers[ELEMENTS_PER_TILE];
-    work->tasks->element_keys[pass->tensor->dtype](pass, first, n, keys);
+    work->tasks->element_keys(pass, first, n, w, keys);
     for (int64_t i = 0; i < n; i++) {
-        multipliers[i] = keys[i] < pass->threshold ? pass->multiplier : 0;
-        equal |= keys[i] == pass->threshold;
+        multipliers[i] = 1;
+        if (keys[i] != pass->threshold) continue;
+        multipliers[i] = work->counts[chunk]++ < work->ties ? pass->multiplier : 0;
+        equal++;
     }
-    for (int64_t i = 0; i < n && equal; i++)
-        if (keys[i] == pass->threshold && work->counts[chunk]++ < work->ties) multipliers[i] = pass->multiplier;
-    work->tasks->element_multiply[pass->tensor->dtype](pass, first, n, multipliers);
+    if (equal) work->tasks->element_multiply[pass->tensor->dtype](pass, first, n, multipliers);
 }
 
-static void multiply_drawn(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n) {
+static void multiply_drawn(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n, const double *w) {
     (void)chunk, (void)worker;
     double multipliers[ELEMENTS_PER_TILE];
-    work->tasks->element_kept[work->pass.tensor->dtype](&work->pass, first, n, multipliers);
+    work->tasks->keep_drawn(&work->pass, first, n, w, multipliers);
     work->tasks->element_multiply[work->pass.tensor->dtype](&work->pass, first, n, multipliers);
 }
 
@@ -134,74 +134,100 @@ static mmbal_status take_sums(element_work *work, tile_action *action, const mmb
     return status;
 }
 
-/* Fills the bins and finds the one in which the `place`-th key lies (from 1): *below are before it, *inside in it. */
-static uint32_t find_bin(element_work *work, tile_action *action, int64_t place, const mmbal_pool *pool, int64_t *below,
-                         int64_t *inside) {
+static void clear_bins(element_work *work, const mmbal_pool *pool) {
     memset(work->bins, 0, (size_t)pool->workers * KEY_BINS * sizeof *work->bins);
-    act(work, action, pool);
+}
+
+/* The bin in which the `place`-th key lies (from 1): *below are before it, *inside in it. */
+static uint32_t find_bin(const element_work *work, int64_t place, int workers, int64_t *below, int64_t *inside) {
     *below = 0;
     for (uint32_t bin = 0;; bin++) {
         *inside = 0;
-        for (int worker = 0; worker < pool->workers; worker++) *inside += work->bins[worker * KEY_BINS + bin];
+        for (int worker = 0; worker < workers; worker++) *inside += work->bins[worker * KEY_BINS + bin];
         if (bin == KEY_BINS - 1 || *below + *inside >= place) return bin;
         *below += *inside;
     }
 }
 
-/* The k smallest keys: the threshold by its upper bits, then by the lower ones, then ties by their place. */
-static mmbal_status mask_smallest(element_work *work, int64_t k, const mmbal_pool *pool) {
-    const int64_t chunks = count_chunks(work->pass.tensor);
-    mmbal_status status = MMBAL_OK;
-    work->pass.threshold = 0, work->ties = 0;
-    if (k > 0) {
-        int64_t below, below_inside, inside, equal;
-        work->coarse = find_bin(work, count_coarse, k, pool, &below, &inside);
-        const uint32_t fine = find_bin(work, count_fine, k - below, pool, &below_inside, &equal);
-        work->pass.threshold = work->coarse << COARSE_SHIFT | fine;
-        work->ties = k - below - below_inside;
-        if (work->ties == equal) work->ties = INT64_MAX; /* all of them, wherever they are */
-    }
-    memset(work->counts, 0, (size_t)chunks * sizeof *work->counts);
-    if (k > 0 && work->ties < INT64_MAX) {
-        int64_t before = 0;
-        status = act(work, count_ties, pool);
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            const int64_t here = work->counts[chunk];
-            work->counts[chunk] = before, before += here;
-        }
-    }
-    return status == MMBAL_OK ? act(work, multiply_smallest, pool) : status;
+/* The k smallest keys, k > 0: the threshold by its upper bits, which are counted already, and by its lower ones. */
+static mmbal_status find_threshold(element_work *work, int64_t k, const mmbal_pool *pool, found_mask *found) {
+    int64_t below, inside, further, equal;
+    work->upper = find_bin(work, k, pool->workers, &below, &inside);
+    clear_bins(work, pool);
+    const mmbal_status status = act(work, count_lower, pool);
+    found->threshold = work->upper << LOWER_BITS | find_bin(work, k - below, pool->workers, &further, &equal);
+    found->ties = k - below - further;
+    if (found->ties == equal) found->ties = INT64_MAX, found->threshold++; /* all of them, wherever they are */
+    return status;
 }
 
 /* As sampling.c finds it for units. */
-static mmbal_status mask_independent(element_work *work, double kappa, int64_t positive, const mmbal_pool *pool) {
-    element_pass *pass = &work->pass;
+static mmbal_status find_level(element_work *work, double kappa, int64_t positive, const mmbal_pool *pool,
+                               double *level) {
     mmbal_status status = MMBAL_OK;
-    pass->level = kappa >= (double)positive ? INFINITY : 0;
-    for (int64_t capped = -1; pass->level < INFINITY && status == MMBAL_OK;) {
+    work->pass.level = kappa >= (double)positive ? INFINITY : 0;
+    for (int64_t capped = -1; work->pass.level < INFINITY && status == MMBAL_OK;) {
         double rest;
         int64_t now;
-        status = take_sums(work, add_uncapped, pool, &rest, &now);
+        status = take_sums(work, sum_uncapped, pool, &rest, &now);
         if (now == capped || !(kappa > (double)now)) break;
-        capped = now, pass->level = (kappa - (double)now) / rest;
+        capped = now, work->pass.level = (kappa - (double)now) / rest;
     }
-    return status == MMBAL_OK ? act(work, multiply_drawn, pool) : status;
+    *level = work->pass.level;
+    return status;
 }
 
-static mmbal_status mask_tensor(element_work *work, double rho, double sum, int64_t positive,
-                                mmbal_mask_options options, const mmbal_pool *pool) {
+static int is_left_alone(const found_mask *found, double rho) { return found->sum == 0 || rho >= 1; }
+
+static int64_t count_smallest(const mmbal_elements *t, double rho, const found_mask *found, mmbal_sampler sampler) {
+    const int64_t k = count_kept(rho, t->count);
+    return sampler == MMBAL_UNIFORM ? k : least(k, found->positive);
+}
+
+static void prepare(element_work *work, const mmbal_elements *t, const found_mask *found, double rho,
+                    mmbal_mask_options options) {
     element_pass *pass = &work->pass;
-    const int64_t n = pass->tensor->count;
-    if (sum == 0 || rho >= 1) return MMBAL_OK;
-    if (options.sampler == MMBAL_INDEPENDENT) {
-        pass->scale_of_weight = (1 - options.mix) / sum, pass->floor = options.mix / (double)n;
+    pass->tensor = t;
+    pass->scale_of_weight = (1 - options.mix) / found->sum, pass->floor = options.mix / (double)t->count;
+    pass->level = found->level, pass->threshold = found->threshold, work->ties = found->ties;
+    if (options.sampler == MMBAL_INDEPENDENT)
         pass->multiplier = options.unbiased ? 0 : 1;
-        return mask_independent(work, rho * (double)n, options.mix > 0 ? n : positive, pool);
+    else
+        pass->multiplier = options.unbiased ? (double)t->count / (double)count_kept(rho, t->count) : 1;
+}
+
+/* What is kept of a tensor; nothing is changed. */
+static mmbal_status find_mask(element_work *work, const mmbal_elements *t, double rho, mmbal_mask_options options,
+                              const mmbal_pool *pool, found_mask *found) {
+    *found = (found_mask){.ties = INT64_MAX};
+    work->pass.tensor = t;
+    if (options.sampler != MMBAL_INDEPENDENT) clear_bins(work, pool);
+    const mmbal_status status = take_sums(work, sum_weights, pool, &found->sum, &found->positive);
+    if (status != MMBAL_OK || !isfinite(found->sum) || is_left_alone(found, rho)) return status;
+    prepare(work, t, found, rho, options);
+    if (options.sampler == MMBAL_INDEPENDENT)
+        return find_level(work, rho * (double)t->count, options.mix > 0 ? t->count : found->positive, pool,
+                          &found->level);
+    const int64_t k = count_smallest(t, rho, found, options.sampler);
+    return k > 0 ? find_threshold(work, k, pool, found) : MMBAL_OK;
+}
+
+static mmbal_status apply_mask(element_work *work, const mmbal_elements *t, double rho, mmbal_mask_options options,
+                               const mmbal_pool *pool, const found_mask *found) {
+    const int64_t chunks = count_chunks(t);
+    if (is_left_alone(found, rho)) return MMBAL_OK;
+    prepare(work, t, found, rho, options);
+    if (options.sampler == MMBAL_INDEPENDENT) return act(work, multiply_drawn, pool);
+    memset(work->counts, 0, (size_t)chunks * sizeof *work->counts);
+    const mmbal_status status = act(work, multiply_smallest, pool);
+    if (status != MMBAL_OK || found->ties == INT64_MAX) return status;
+    int64_t before = 0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t here = work->counts[chunk];
+        work->counts[chunk] = here ? before : NO_TIES;
+        before += here;
     }
-    int64_t k = count_kept(rho, n);
-    if (options.sampler != MMBAL_UNIFORM) k = least(k, positive);
-    pass->multiplier = options.unbiased ? (double)n / (double)k : 1;
-    return mask_smallest(work, k, pool);
+    return act(work, multiply_ties, pool);
 }
 
 static mmbal_status check_elements(const mmbal_elements *tensors, int64_t T, int64_t M, mmbal_importance importance) {
@@ -212,29 +238,27 @@ static mmbal_status check_elements(const mmbal_elements *tensors, int64_t T, int
         if (!is_dtype(of->dtype)) return MMBAL_UNSUPPORTED;
         if (of->count < 0 || of->modality < 0 || of->modality >= M || of->id < 0 || of->id > UINT32_MAX)
             return MMBAL_INVALID_ARGUMENT;
-        if (importance == MMBAL_GN_WN && !of->weights) return MMBAL_INVALID_ARGUMENT;
+        if ((importance == MMBAL_GN_WN && !of->weights) || (of->base && !of->gradient)) return MMBAL_INVALID_ARGUMENT;
     }
     return MMBAL_OK;
 }
 
-/* Cuts the workspace: sums and counts of the longest tensor, the bins, sum and number of the weights of each. */
+/* Cuts the workspace: sums and counts of the longest tensor, the bins, and what is found of each tensor. */
 static int64_t lay_out(const mmbal_elements *tensors, int64_t T, const mmbal_pool *pool, arena *from,
-                       element_work *work, double **sums, int64_t **positive) {
+                       element_work *work, found_mask **found) {
     int64_t chunks = 0;
     for (int64_t t = 0; t < T; t++) chunks = count_chunks(&tensors[t]) > chunks ? count_chunks(&tensors[t]) : chunks;
     work->sums = carve(from, chunks * (int64_t)sizeof(double));
     work->counts = carve(from, chunks * (int64_t)sizeof(int64_t));
     work->bins = carve(from, pool->workers * (int64_t)KEY_BINS * (int64_t)sizeof(int64_t));
-    *sums = carve(from, T * (int64_t)sizeof(double));
-    *positive = carve(from, T * (int64_t)sizeof(int64_t));
+    *found = carve(from, T * (int64_t)sizeof(found_mask));
     return bytes_carved(from);
 }
 
 int64_t mmbal_mask_elements_workspace(const mmbal_elements *tensors, int64_t T, const mmbal_pool *pool) {
     element_work work;
-    double *sums;
-    int64_t *positive;
-    return lay_out(tensors, T, pool, &(arena){0}, &work, &sums, &positive);
+    found_mask *found;
+    return lay_out(tensors, T, pool, &(arena){0}, &work, &found);
 }
 
 mmbal_status mmbal_mask_elements(const mmbal_elements *tensors, const double *rho, int64_t T, int64_t M, int64_t seed,
@@ -247,18 +271,13 @@ mmbal_status mmbal_mask_elements(const mmbal_elements *tensors, const double *rh
     if (sampler == MMBAL_SYSTEMATIC || (sampler == MMBAL_BOTTOMK && options.unbiased)) return MMBAL_UNSUPPORTED;
     element_work work = {.tasks = mmbal_row_tasks_in_use()};
     work.pass.importance = importance, work.pass.sampler = sampler, work.pass.seed = seed, work.pass.step = step;
-    double *sums;
-    int64_t *positive;
-    lay_out(tensors, T, pool, &(arena){(uintptr_t)workspace}, &work, &sums, &positive);
-    for (int64_t t = 0; t < T && status == MMBAL_OK; t++) {
-        work.pass.tensor = &tensors[t];
-        status = take_sums(&work, add_weights, pool, &sums[t], &positive[t]);
+    found_mask *found;
+    lay_out(tensors, T, pool, &(arena){(uintptr_t)workspace}, &work, &found);
+    for (int64_t t = 0; t < T; t++) {
+        status = find_mask(&work, &tensors[t], rho[tensors[t].modality], options, pool, &found[t]);
+        if (status != MMBAL_OK || !isfinite(found[t].sum)) return status;
     }
-    for (int64_t t = 0; t < T; t++)
-        if (!isfinite(sums[t])) return status;
-    for (int64_t t = 0; t < T && status == MMBAL_OK; t++) {
-        work.pass.tensor = &tensors[t];
-        status = mask_tensor(&work, rho[tensors[t].modality], sums[t], positive[t], options, pool);
-    }
+    for (int64_t t = 0; t < T && status == MMBAL_OK; t++)
+        status = apply_mask(&work, &tensors[t], rho[tensors[t].modality], options, pool, &found[t]);
     return status;
 }

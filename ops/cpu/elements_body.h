@@ -25,43 +25,6 @@ static void NAME(element_weights)(const element_pass *pass, int64_t first, int64
     }
 }
 
-/* The upper 32 bits of the float64 whose smallest are kept; that of infinity where there is no weight. */
-static void NAME(element_keys)(const element_pass *pass, int64_t first, int64_t n, uint32_t *keys) {
-    uint32_t words[ELEMENTS_PER_TILE];
-    double weights[ELEMENTS_PER_TILE], values[ELEMENTS_PER_TILE];
-    if (pass->sampler != MMBAL_UNIFORM) NAME(element_weights)(pass, first, n, weights);
-    if (pass->sampler != MMBAL_TOPK) words_of_tile(pass, first, words);
-    switch (pass->sampler) {
-    case MMBAL_TOPK:
-        for (int64_t i = 0; i < n; i++) values[i] = 1 / weights[i];
-        break;
-    case MMBAL_UNIFORM:
-        for (int64_t i = 0; i < n; i++) values[i] = exponential_f32(words[i]);
-        break;
-    default:
-        for (int64_t i = 0; i < n; i++) values[i] = exponential_f32(words[i]) / weights[i];
-    }
-    for (int64_t i = 0; i < n; i++) {
-        uint64_t bits;
-        memcpy(&bits, &values[i], sizeof bits);
-        keys[i] = (uint32_t)(bits >> 32);
-    }
-}
-
-/* Independent draws: what each element is multiplied by. */
-static void NAME(element_kept)(const element_pass *pass, int64_t first, int64_t n, double *multipliers) {
-    uint32_t words[ELEMENTS_PER_TILE];
-    double weights[ELEMENTS_PER_TILE];
-    NAME(element_weights)(pass, first, n, weights);
-    words_of_tile(pass, first, words);
-    for (int64_t i = 0; i < n; i++) {
-        const double q = pass->scale_of_weight * weights[i] + pass->floor, size = pass->level * q;
-        const double p = fixed_point(q == 0 ? 0 : size < 1 ? size : 1);
-        const double multiplier = pass->multiplier != 0 ? pass->multiplier : 0x1p32 / p;
-        multipliers[i] = (double)words[i] < p ? multiplier : 0;
-    }
-}
-
 static void NAME(element_multiply)(const element_pass *pass, int64_t first, int64_t n, const double *multipliers) {
     STORED *x = (STORED *)pass->tensor->data + first;
     const STORED *base = (const STORED *)pass->tensor->base;

@@ -123,7 +123,7 @@ typedef struct {
     uint32_t threshold;                   /* keys below it are kept */
 } element_pass;
 
-enum { ELEMENTS_PER_TILE = 256, COARSE_SHIFT = 15, KEY_BINS = 1 << 16 };
+enum { ELEMENTS_PER_TILE = 256 };
 
 /* By mmbal_dtype. Indices are rows, for weights_backward chunks. */
 typedef struct mmbal_row_tasks {
@@ -131,11 +131,14 @@ typedef struct mmbal_row_tasks {
     /* sums[units] of the squares of a block, and the product of a block with scale[units] */
     void (*squares[4])(const unit_block *block, double *sums);
     void (*multiply[4])(const unit_block *block, const double *scale);
-    /* Of elements first .. first + n <= first + ELEMENTS_PER_TILE: */
-    void (*element_weights[4])(const element_pass *pass, int64_t first, int64_t n, double *weights);
-    void (*element_keys[4])(const element_pass *pass, int64_t first, int64_t n, uint32_t *keys);
-    void (*element_kept[4])(const element_pass *pass, int64_t first, int64_t n, double *multipliers);
+    /* Of elements first .. first + n <= first + ELEMENTS_PER_TILE, with w[n] their weights: */
+    void (*element_weights[4])(const element_pass *pass, int64_t first, int64_t n, double *w);
     void (*element_multiply[4])(const element_pass *pass, int64_t first, int64_t n, const double *multipliers);
+    void (*add_weights)(int64_t n, const double *w, double *sum, int64_t *positive);
+    void (*add_uncapped)(const element_pass *pass, int64_t n, const double *w, double *sum, int64_t *capped);
+    void (*element_keys)(const element_pass *pass, int64_t first, int64_t n, const double *w, uint32_t *keys);
+    int64_t (*keep_smallest)(const element_pass *pass, int64_t n, const uint32_t *keys, double *multipliers);
+    void (*keep_drawn)(const element_pass *pass, int64_t first, int64_t n, const double *w, double *multipliers);
     mmbal_task *normal_kl[4], *normal_kl_backward[4], *categorical_kl[4], *categorical_kl_backward[4];
     mmbal_task *weights[4], *weights_backward[4], *scale[4], *scale_dweights[4];
 } mmbal_row_tasks;

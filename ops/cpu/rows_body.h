@@ -2,10 +2,10 @@
  *
  * A tile of rows [r, M] is turned on the way in and out, so that each modality is a column of its own and every loop
  * over r is one of vectors, however few modalities there are. */
+#include "element_draws.h"
 #include "elementary.h"
 #include "masks.h"
 #include "rows.h"
-#include "unit_words.h"
 
 typedef int32_t lane_integer_f32;
 typedef int64_t lane_integer_f64;
@@ -49,6 +49,9 @@ const mmbal_row_tasks ROW_TASKS = {.normal_kl = FOR_EACH_DTYPE(normal_kl_task),
                                    .squares = FOR_EACH_DTYPE(squares),
                                    .multiply = FOR_EACH_DTYPE(multiply),
                                    .element_weights = FOR_EACH_DTYPE(element_weights),
-                                   .element_keys = FOR_EACH_DTYPE(element_keys),
-                                   .element_kept = FOR_EACH_DTYPE(element_kept),
-                                   .element_multiply = FOR_EACH_DTYPE(element_multiply)};
+                                   .element_multiply = FOR_EACH_DTYPE(element_multiply),
+                                   .add_weights = add_weights,
+                                   .add_uncapped = add_uncapped,
+                                   .element_keys = element_keys,
+                                   .keep_smallest = keep_smallest,
+                                   .keep_drawn = keep_drawn};

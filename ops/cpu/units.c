@@ -139,12 +139,12 @@ static mmbal_status multiply_pieces(void *context, int worker, int64_t begin, in
 static int axes_nest(const mmbal_units *t) {
     int done[4] = {0};
     int64_t reached = 0; /* the last element of the axes so far */
+    if (count_elements(t) == 0) return 1;
     for (int left = 4; left > 0; left--) {
         int next = -1;
         for (int axis = 0; axis < 4; axis++)
             if (!done[axis] && (next < 0 || t->stride[axis] < t->stride[next])) next = axis;
         done[next] = 1;
-        if (t->size[next] == 0) return 1;
         if (t->size[next] > 1 && t->stride[next] <= reached) return 0;
         reached += (t->size[next] - 1) * t->stride[next];
     }

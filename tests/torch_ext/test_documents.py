@@ -79,6 +79,29 @@ def test_the_recipe_of_the_readme_weighs_modalities():
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
+class TwoModalities(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.audio, self.video, self.head = torch.nn.Linear(5, 8), torch.nn.Linear(3, 8), torch.nn.Linear(16, 3)
+
+    def forward(self, batch):
+        return self.head(torch.cat([self.audio(batch["audio"]), self.video(batch["video"])], 1))
+
+
+def test_the_recipe_of_the_readme_masks_subnetworks():
+    model = TwoModalities()
+    before = [p.clone() for p in (model.audio.weight, model.video.weight)]
+    inputs = {"audio": torch.randn(12, 5), "video": torch.randn(12, 3)}
+    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    names["loader"] = [(inputs, inputs["audio"][:, :3].argmax(1))]
+    exec(recipe_of("Masked subnetworks in your training script"), names)
+    amss = names["amss"]
+    assert amss.steps == 1 and amss.plus
+    for p, old, name in zip((model.audio.weight, model.video.weight), before, amss.rho, strict=True):
+        moved = (p != old).any(1).sum().item()
+        assert abs(moved - 8 * amss.rho[name]) < 1  # rounded down or up
+
+
 def test_the_example_script_trains_and_leaves_a_model_that_loads(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "clip_moe.py"), "--steps", "2", "--batch", "16"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -44,6 +44,7 @@ void mask_elements_foreach_(std::vector<Tensor> grads, std::vector<int64_t> moda
     check_beside(op, "weights", weights, grads);
     check_beside(op, "gradients", gradients, grads);
     check_beside(op, "bases", bases, grads);
+    STD_TORCH_CHECK(!bases || gradients, op, ": bases need gradients: what the importance is taken from");
     std::vector<mmbal_elements> elements;
     for (size_t t = 0; t < grads.size(); t++) {
         const Tensor &g = grads[t];

@@ -9,7 +9,6 @@ std::tuple<Tensor, Tensor> unit_energy_foreach(std::vector<Tensor> grads, std::v
                                                std::optional<std::vector<Tensor>> weights, std::string importance) {
     const char *op = "unit_energy_foreach";
     const mmbal_importance kind = importance_of(op, importance);
-    STD_TORCH_CHECK(!grads.empty(), op, ": grads must have at least one tensor");
     STD_TORCH_CHECK((kind == MMBAL_GN_WN) == weights.has_value(), op,
                     ": weights must be given if, and only if, importance is gn_wn");
     check_beside(op, "weights", weights, grads);

@@ -28,27 +28,51 @@ int64_t reach(const Sizes &sizes, const Strides &strides, size_t dims) {
     return last + 1;
 }
 
-// Tensors seen as specs say.
+// The slices of dimension 0 of a contiguous tensor.
+inline void see_slices(const char *op, const char *name, size_t t, const Tensor &tensor, mmbal_units &of) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    STD_TORCH_CHECK(sizes.size() >= 1, op, ": ", name, "[", t, "] must have a dimension where specs are empty");
+    int64_t inner = 1;
+    for (size_t i = sizes.size() - 1; i > 0; inner *= sizes[i--])
+        STD_TORCH_CHECK(strides[i] == inner || sizes[i] == 1, op, ": ", name, "[", t,
+                        "] must be contiguous where specs are empty, got sizes ", shape_text(sizes), " and strides ",
+                        shape_text(strides));
+    STD_TORCH_CHECK(strides[0] == inner || sizes[0] == 1 || inner == 0, op, ": ", name, "[", t,
+                    "] must be contiguous where specs are empty, got sizes ", shape_text(sizes), " and strides ",
+                    shape_text(strides));
+    of.size[0] = of.size[2] = 1, of.size[1] = sizes[0], of.size[3] = inner;
+    of.stride[0] = of.stride[2] = 0, of.stride[1] = inner, of.stride[3] = 1;
+}
+
+// What nine numbers say; returns the bytes before the first element.
+inline int64_t see_spec(const char *op, size_t t, const Tensor &tensor, const int64_t *spec, mmbal_units &of) {
+    for (int axis = 0; axis < 4; axis++) of.size[axis] = spec[axis], of.stride[axis] = spec[4 + axis];
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    const int64_t offset = spec[8], viewed = reach(of.size, of.stride, 4);
+    STD_TORCH_CHECK(viewed == 0 || offset + viewed <= reach(sizes, strides, sizes.size()), op, ": specs[", t,
+                    "] must stay within its tensor ", shape_text(sizes), ", and reach ", offset + viewed, " elements");
+    return offset * static_cast<int64_t>(tensor.element_size());
+}
+
+// Tensors seen as specs say; without any, the slices of dimension 0 of contiguous tensors.
 inline std::vector<mmbal_units> units_of(const char *op, const char *name, const std::vector<Tensor> &tensors,
                                          const std::vector<int64_t> &specs, bool writes) {
     const size_t T = count_specs(op, specs);
-    STD_TORCH_CHECK(tensors.size() == T, op, ": specs must describe each of the ", name, ", ", tensors.size(), ", got ",
-                    T);
-    std::vector<mmbal_units> units(T);
-    for (size_t t = 0; t < T; t++) {
+    STD_TORCH_CHECK(T == 0 || tensors.size() == T, op, ": specs must describe each of the ", name, ", ", tensors.size(),
+                    ", got ", T);
+    std::vector<mmbal_units> units(tensors.size());
+    for (size_t t = 0; t < tensors.size(); t++) {
         const Tensor &tensor = tensors[t];
-        const int64_t *spec = specs.data() + SPEC * t;
         mmbal_units &of = units[t];
         of.dtype = storage_dtype(op, name, tensor);
         STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, "[", t, "] must be on the CPU like the other arguments");
-        for (int axis = 0; axis < 4; axis++) of.size[axis] = spec[axis], of.stride[axis] = spec[4 + axis];
-        const auto sizes = tensor.sizes(), strides = tensor.strides();
-        const int64_t offset = spec[8], viewed = reach(of.size, of.stride, 4);
-        STD_TORCH_CHECK(viewed == 0 || offset + viewed <= reach(sizes, strides, sizes.size()), op, ": specs[", t,
-                        "] must stay within its tensor ", shape_text(sizes), ", and reach ", offset + viewed,
-                        " elements");
         of.data = writes ? tensor.mutable_data_ptr() : const_cast<void *>(tensor.const_data_ptr());
-        if (of.data) of.data = static_cast<char *>(of.data) + offset * static_cast<int64_t>(tensor.element_size());
+        if (T == 0) {
+            see_slices(op, name, t, tensor, of);
+        } else {
+            const int64_t before = see_spec(op, t, tensor, specs.data() + SPEC * t, of);
+            if (of.data) of.data = static_cast<char *>(of.data) + before;
+        }
     }
     return units;
 }

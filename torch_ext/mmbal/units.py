@@ -1,8 +1,9 @@
 """Fake kernels and version counters of the operators on units of gradients and on their elements.
 
 The contracts are in include/mmbal/units.h and include/mmbal/elements.h. ``specs`` has nine numbers for each tensor:
-sizes of groups, units, outer and inner, their strides, and the offset of the first element (``unit_specs.UnitSpec``
-makes them). None of these operators has a gradient: they are for ``.grad``, not for the graph.
+sizes of groups, units, outer and inner, their strides, and the offset of the first element (``mmbal.UnitSpec`` makes
+them); an empty list stands for the slices of dimension 0 of contiguous tensors, and costs nothing to pass. None of
+these operators has a gradient: they are for ``.grad``, not for the graph.
 """
 
 import torch
@@ -13,8 +14,10 @@ from mmbal._library import check_devices, implementations, ops
 SPEC = 9  # numbers for each tensor
 
 
-def count_units(specs: list[int]) -> int:
-    """U of all tensors that specs describe."""
+def count_units(tensors: list[torch.Tensor], specs: list[int]) -> int:
+    """U of all tensors."""
+    if not specs:
+        return sum(t.shape[0] for t in tensors)
     return sum(groups * units for groups, units in zip(specs[::SPEC], specs[1::SPEC], strict=True))
 
 
@@ -26,7 +29,7 @@ def _check_lists(op, grads, **others):
 @register_fake("mmbal::unit_energy_foreach")
 def _(grads, specs, weights=None, importance="gn"):
     _check_lists("unit_energy_foreach", grads)
-    energy_U = grads[0].new_empty(count_units(specs), dtype=torch.float64)
+    energy_U = grads[0].new_empty(count_units(grads, specs), dtype=torch.float64)
     return energy_U, grads[0].new_empty(1, dtype=torch.bool)
 
 

@@ -234,6 +234,8 @@ class AMSS:
             if elements.tensors:
                 self._mask_elements(elements, rho_M, self._steps, skip)
                 elements.write_back()
+        units.release()
+        elements.release()
         self._steps += 1
 
     def _draw(self, units: Batch, rho_M: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmbal.methods.sharding import Shard, local_part
 from mmbal.methods.unit_spec import UnitSpec
 
+SLICES = UnitSpec.slices()
 Predicate = Callable[[nn.Parameter], bool]
 
 
@@ -31,7 +32,7 @@ class Batch:
 
     managed: list[Managed]
     tensors: list[Tensor]
-    specs: list[int]
+    specs: list[int]  # empty: slices of dimension 0 of contiguous tensors
     segments: list[int]  # groups and units of the whole parameter (tensors may be shards), modality, id
     parts: list[tuple[int, Shard | None]]  # units here, and which shard they are
     copies: list[tuple[Tensor, Tensor]]  # gradients that four axes cannot describe, and what is masked for them
@@ -44,6 +45,10 @@ class Batch:
     def weights(self) -> list[Tensor]:
         """The parameters, in memory as the tensors."""
         return [like(t, local_part(m.parameter)[0]) for m, t in zip(self.managed, self.tensors, strict=True)]
+
+    def release(self) -> None:
+        """Holds no gradient until the next step: they are as large as the model."""
+        self.tensors, self.copies = [], []
 
     def write_back(self) -> None:
         for gradient, copy in self.copies:
@@ -60,7 +65,7 @@ def collect(
     if isinstance(unit, str) and unit not in ("auto", "element"):
         raise ValueError(f"AMSS: unit must be auto, element or a mapping of parameters, got {unit!r}")
     own = {} if isinstance(unit, str) else dict(unit)
-    default = UnitSpec.elements() if unit == "element" else UnitSpec.slices()
+    default = UnitSpec.elements() if unit == "element" else SLICES
     names, owner, managed = list(encoders), {}, []
     for modality, (name, given) in enumerate(encoders.items()):
         for parameter in given.parameters() if isinstance(given, nn.Module) else given:
@@ -125,15 +130,15 @@ class Gradients:
         missing, sparse or sharded."""
         try:
             contiguous = [g.is_contiguous() for g in gradients if type(g) is Tensor]
-        except RuntimeError:  # of a sparse one it cannot be said
+            if len(contiguous) < len(gradients):
+                return None
+            return contiguous if all(contiguous) else [g.stride() for g in gradients]
+        except RuntimeError:  # a sparse one has no strides
             return None
-        if len(contiguous) < len(gradients):
-            return None
-        return contiguous if all(contiguous) else [g.stride() for g in gradients]
 
     def batch(self, managed: list[Managed], tensors: list[Tensor | None]) -> Batch:
         """These tensors as the operators take them, without those that are None or sparse."""
-        batch = Batch([], [], [], [], [], [])
+        batch, plain = Batch([], [], [], [], [], []), True
         for m, tensor in zip(managed, tensors, strict=True):
             if tensor is None or self._is_sparse(tensor):
                 continue
@@ -151,7 +156,10 @@ class Gradients:
             batch.tensors.append(local)
             batch.specs += numbers
             batch.parts.append((numbers[0] * numbers[1], shard))
+            plain = plain and m.spec == SLICES and local.is_contiguous()
             batch.segments += (numbers[0], numbers[1] if shard is None else shard.total, m.modality, m.id)
+        if plain:
+            batch.specs = []
         return batch
 
     def _is_sparse(self, tensor: Tensor) -> bool:

@@ -1,0 +1,131 @@
+/* What is drawn for a tile of elements, in vectors: random words, keys, and which are kept. */
+#ifndef MMBAL_CPU_ELEMENT_DRAWS_H
+#define MMBAL_CPU_ELEMENT_DRAWS_H
+
+#include "elementary.h"
+#include "masks.h"
+#include "mmbal/philox.h"
+#include "rows.h"
+
+enum { BLOCKS_PER_TILE = ELEMENTS_PER_TILE / 4 };
+
+/* mmbal_unit_words of a tile, whose first element is a multiple of its size: Philox for all its blocks side by side. */
+static void words_of_tile(const element_pass *pass, int64_t first, uint32_t words[ELEMENTS_PER_TILE]) {
+    uint32_t c[4][BLOCKS_PER_TILE];
+    const uint64_t block = (uint64_t)first / 4, step = (uint64_t)pass->step, seed = (uint64_t)pass->seed;
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int j = 0; j < BLOCKS_PER_TILE; j++) {
+        c[0][j] = (uint32_t)block + (uint32_t)j;
+        c[1][j] = (uint32_t)(block >> 32) | (uint32_t)MMBAL_DRAW_UNIT << 12 | (uint32_t)(step >> 32) << 16;
+        c[2][j] = (uint32_t)pass->tensor->id;
+        c[3][j] = (uint32_t)step;
+    }
+    for (int round = 0; round < 10; round++) {
+        for (int j = 0; j < BLOCKS_PER_TILE; j++) { /* mmbal/philox.h says where the numbers come from */
+            const uint64_t product0 = (uint64_t)0xD2511F53u * c[0][j], product1 = (uint64_t)0xCD9E8D57u * c[2][j];
+            c[0][j] = (uint32_t)(product1 >> 32) ^ c[1][j] ^ k0;
+            c[1][j] = (uint32_t)product1;
+            c[2][j] = (uint32_t)(product0 >> 32) ^ c[3][j] ^ k1;
+            c[3][j] = (uint32_t)product0;
+        }
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    for (int j = 0; j < BLOCKS_PER_TILE; j++)
+        for (int lane = 0; lane < 4; lane++) words[4 * j + lane] = c[lane][j];
+}
+
+/* -log1p(-v) with v = (word + 0.5) 2^-32. Above 1/2 it is -log(1 - v), of a 1 - v that keeps its bits; below, 1 - v
+ * rounds, and what it lost is put back: log1p(-v) = log(u) + (1 - v - u) / u. */
+IN_VECTORS float exponential_f32(uint32_t word) {
+    const float v = ((float)word + 0.5f) * 0x1p-32f, u = ((float)~word + 0.5f) * 0x1p-32f;
+    const float lost = u < 0.5f ? 0 : ((1 - u) - v) / u;
+    return -(log_f32(u) + lost);
+}
+
+enum { LANES = 16 }; /* sums side by side */
+
+static double sum_of_lanes(const double *lanes) {
+    double sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    return sum;
+}
+
+/* Adds a tile's weights, and how many are greater than 0. */
+static void add_weights(int64_t n, const double *w, double *sum, int64_t *positive) {
+    double sums[LANES] = {0}, counts[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            sums[lane] += w[i + lane];
+            counts[lane] += w[i + lane] > 0 ? 1.0 : 0.0;
+        }
+    for (int lane = 0; i < n; i++, lane++) sums[lane] += w[i], counts[lane] += w[i] > 0 ? 1.0 : 0.0;
+    *sum += sum_of_lanes(sums), *positive += (int64_t)sum_of_lanes(counts);
+}
+
+/* Adds the q of a tile that are not capped at the present level, and how many are. */
+static void add_uncapped(const element_pass *pass, int64_t n, const double *w, double *sum, int64_t *capped) {
+    const double level = pass->level, scale = pass->scale_of_weight, floor = pass->floor;
+    double sums[LANES] = {0}, counts[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            const double q = scale * w[i + lane] + floor;
+            sums[lane] += level * q >= 1 ? 0 : q;
+            counts[lane] += level * q >= 1 ? 1.0 : 0.0;
+        }
+    for (int lane = 0; i < n; i++, lane++) {
+        const double q = scale * w[i] + floor;
+        sums[lane] += level * q >= 1 ? 0 : q;
+        counts[lane] += level * q >= 1 ? 1.0 : 0.0;
+    }
+    *sum += sum_of_lanes(sums), *capped += (int64_t)sum_of_lanes(counts);
+}
+
+/* The upper 32 bits of the float64 whose smallest are kept; that of infinity where there is no weight. */
+static void element_keys(const element_pass *pass, int64_t first, int64_t n, const double *w, uint32_t *keys) {
+    uint32_t words[ELEMENTS_PER_TILE];
+    double values[ELEMENTS_PER_TILE];
+    if (pass->sampler != MMBAL_TOPK) words_of_tile(pass, first, words);
+    switch (pass->sampler) {
+    case MMBAL_TOPK:
+        for (int64_t i = 0; i < n; i++) values[i] = 1 / w[i];
+        break;
+    case MMBAL_UNIFORM:
+        for (int64_t i = 0; i < n; i++) values[i] = (double)exponential_f32(words[i]);
+        break;
+    default:
+        for (int64_t i = 0; i < n; i++) values[i] = (double)exponential_f32(words[i]) / w[i];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t bits;
+        memcpy(&bits, &values[i], sizeof bits);
+        keys[i] = (uint32_t)(bits >> 32);
+    }
+}
+
+/* Keys below the threshold are kept. Those that equal it get 1, which leaves them; returns how many. */
+static int64_t keep_smallest(const element_pass *pass, int64_t n, const uint32_t *keys, double *multipliers) {
+    const uint32_t threshold = pass->threshold;
+    const double multiplier = pass->multiplier;
+    uint32_t ties = 0;
+    for (int64_t i = 0; i < n; i++) {
+        multipliers[i] = keys[i] < threshold ? multiplier : keys[i] == threshold ? 1 : 0;
+        ties += keys[i] == threshold;
+    }
+    return ties;
+}
+
+/* Independent draws. */
+static void keep_drawn(const element_pass *pass, int64_t first, int64_t n, const double *w, double *multipliers) {
+    uint32_t words[ELEMENTS_PER_TILE];
+    words_of_tile(pass, first, words);
+    for (int64_t i = 0; i < n; i++) {
+        const double q = pass->scale_of_weight * w[i] + pass->floor, size = pass->level * q;
+        const double p = fixed_point(q == 0 ? 0 : size < 1 ? size : 1);
+        const double multiplier = pass->multiplier != 0 ? pass->multiplier : 0x1p32 / p;
+        multipliers[i] = (double)words[i] < p ? multiplier : 0;
+    }
+}
+
+#endif

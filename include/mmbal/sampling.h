@@ -36,11 +36,12 @@ static inline void mmbal_unit_words(int64_t seed, int64_t step, int64_t id, mmba
 }
 
 /* BOTTOMK      successive sampling, the law of drawing k units one by one with probability proportional to what is
- * left: the k smallest keys e / w are kept, e = -log1p(-(word + 0.5) 2^-32) an exponential variable SYSTEMATIC
- * inclusion probabilities p (waterfill), the number kept is the sum of p rounded down or up: in a random order one unit
- * for every whole number that the running sum of p passes, from a random start INDEPENDENT  inclusion probabilities p
- * (waterfill), each unit by itself: kept where word < p 2^32 TOPK         the k largest energies UNIFORM      k of all
- * with equal probability: BOTTOMK with w = 1 */
+ *              left: the k smallest keys e / w are kept, e = -log1p(-(word + 0.5) 2^-32) an exponential variable
+ * SYSTEMATIC   inclusion probabilities p (waterfill), the number kept is the sum of p rounded down or up: in a random
+ *              order one unit for every whole number that the running sum of p passes, from a random start
+ * INDEPENDENT  inclusion probabilities p (waterfill), each unit by itself: kept where word < p 2^32
+ * TOPK         the k largest energies
+ * UNIFORM      k of all with equal probability: BOTTOMK with w = 1 */
 typedef enum mmbal_sampler {
     MMBAL_BOTTOMK = 0,
     MMBAL_SYSTEMATIC,
@@ -61,10 +62,11 @@ mmbal_status mmbal_weighted_sample(mmbal_dtype dtype, const void *weights,      
 
 int64_t mmbal_waterfill_workspace(int64_t N, const mmbal_pool *pool);
 
-/* Capped probabilities proportional to size: with q[n] = (1 - mix) w[n] / sum(w) + mix / N (its first term 0 where all
- * w are 0) p[n] = min(1, c q[n]) with sum(p) = kappa;   c = infinity where that needs every p with q > 0 at 1. 0 <= mix
- * <= 1. MMBAL_F32 and MMBAL_F64, sums float64. MMBAL_INVALID_ARGUMENT when a weight is negative, infinite or NaN, kappa
- * is not in [0, N], or greater than the number of q > 0. */
+/* Capped probabilities proportional to size: with
+ *   q[n] = (1 - mix) w[n] / sum(w) + mix / N     (its first term 0 where all w are 0)
+ *   p[n] = min(1, c q[n]) with sum(p) = kappa;   c = infinity where that needs every p with q > 0 at 1.
+ * 0 <= mix <= 1. MMBAL_F32 and MMBAL_F64, sums float64. MMBAL_INVALID_ARGUMENT when a weight is negative, infinite or
+ * NaN, kappa is not in [0, N], or greater than the number of q > 0. */
 mmbal_status mmbal_waterfill(mmbal_dtype dtype, const void *weights,                /* [S, N] */
                              const double *kappa,                                   /* [S] */
                              int64_t S, int64_t N, double mix, void *probabilities, /* [S, N] out */
@@ -90,9 +92,11 @@ int64_t mmbal_mask_units_workspace(const mmbal_segment *segments, int64_t S, con
 /* scale[u] = 0, or what the gradient of unit u is to be multiplied by: 1, or 1 / probability[u] where unbiased.
  *
  * BOTTOMK, TOPK, UNIFORM keep k = ceil(rho units - 1e-7 units) units (at least 1 where rho > 0; of BOTTOMK and TOPK no
- * more than have energy; ties: the lower u). SYSTEMATIC and INDEPENDENT keep rho units on average, with
+ * more than have weight, which is energy but where mix gives some to all; ties: the lower u). SYSTEMATIC and
+ * INDEPENDENT keep rho units on average, with
  *   probability = clamp(round(p 2^32), 1, 2^32) 2^-32,
- * of SYSTEMATIC the sum of these is round(rho units 2^32): what rounding leaves is given to the largest below 1 first.
+ * of SYSTEMATIC the sum of these is round(rho units 2^32) where that is at least units: what rounding leaves is given
+ * to the largest below 1 first, and where all with energy are at 1, theirs is taken for the 2^-32 of the others.
  * probability[u] is also given where the unit is not kept. BOTTOMK: the probability to be kept given the keys of all
  * other units, 1 - exp(-w t) with t their k-th smallest key (1 where there are no k others): 1 / probability is
  * unbiased (rank conditioning). TOPK: 0 or 1. UNIFORM: k / units.

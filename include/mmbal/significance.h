@@ -57,7 +57,8 @@ typedef struct mmbal_ratio_options {
 } mmbal_ratio_options;
 
 /* rho[m] = min(max(1 - softmax(rate / temperature)[m] + bias, least), most): the weaker a modality, the larger the part
- * of it that is updated. 1 where M = 1. Where a rate is not finite, or rows = 0, all are 1 - 1/M within the bounds. */
+ * of it that is updated. Where M = 1 it is 1, always. Otherwise, where a rate is not finite or rows = 0, all are 1 -
+ * 1/M, and where the official guard holds all are 0.5, within the bounds. */
 mmbal_status mmbal_update_ratio(const double *ce_sum,                                            /* [M] */
                                 const double *entropy_sum,                                       /* [M] */
                                 const double *histogram,                                         /* [C] */
@@ -66,7 +67,7 @@ mmbal_status mmbal_update_ratio(const double *ce_sum,                           
                                 int64_t M, int64_t C, mmbal_ratio_options options, double *rate, /* [M] out */
                                 double *rho);                                                    /* [M] out */
 
-/* The second half of mmbal_update_ratio alone, for a rate of the caller's own. */
+/* The second half of mmbal_update_ratio alone, for rates of the caller's own; the guard is not asked. */
 mmbal_status mmbal_ratio_of_rates(const double *rate,                                   /* [M] */
                                   int64_t M, mmbal_ratio_options options, double *rho); /* [M] out */
 

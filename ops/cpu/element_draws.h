@@ -2,6 +2,8 @@
 #ifndef MMBAL_CPU_ELEMENT_DRAWS_H
 #define MMBAL_CPU_ELEMENT_DRAWS_H
 
+#include <float.h>
+
 #include "elementary.h"
 #include "masks.h"
 #include "mmbal/philox.h"
@@ -35,52 +37,53 @@ static void words_of_tile(const element_pass *pass, int64_t first, uint32_t word
 }
 
 /* -log1p(-v) with v = (word + 0.5) 2^-32. Above 1/2 it is -log(1 - v), of a 1 - v that keeps its bits; below, 1 - v
- * rounds, and what it lost is put back: log1p(-v) = log(u) + (1 - v - u) / u. */
+ * rounds, and what it lost is put back: log1p(-v) = log(u) + (1 - v - u) / u, where 2 - u is near enough to 1 / u. */
 IN_VECTORS float exponential_f32(uint32_t word) {
     const float v = ((float)word + 0.5f) * 0x1p-32f, u = ((float)~word + 0.5f) * 0x1p-32f;
-    const float lost = u < 0.5f ? 0 : ((1 - u) - v) / u;
+    const float lost = u < 0.5f ? 0 : ((1 - u) - v) * (2 - u);
     return -(log_f32(u) + lost);
 }
 
-enum { LANES = 16 }; /* sums side by side */
-
-static double sum_of_lanes(const double *lanes) {
+static double sum_of_parts(const double *parts) {
     double sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    for (int part = 0; part < PARTS; part++) sum += parts[part];
     return sum;
 }
 
 /* Adds a tile's weights, and how many are greater than 0. */
 static void add_weights(int64_t n, const double *w, double *sum, int64_t *positive) {
-    double sums[LANES] = {0}, counts[LANES] = {0};
+    double sums[PARTS] = {0}, counts[PARTS] = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            sums[lane] += w[i + lane];
-            counts[lane] += w[i + lane] > 0 ? 1.0 : 0.0;
+    for (; i + PARTS <= n; i += PARTS)
+        for (int part = 0; part < PARTS; part++) {
+            sums[part] += w[i + part];
+            counts[part] += w[i + part] > 0 ? 1.0 : 0.0;
         }
-    for (int lane = 0; i < n; i++, lane++) sums[lane] += w[i], counts[lane] += w[i] > 0 ? 1.0 : 0.0;
-    *sum += sum_of_lanes(sums), *positive += (int64_t)sum_of_lanes(counts);
+    for (int part = 0; i < n; i++, part++) sums[part] += w[i], counts[part] += w[i] > 0 ? 1.0 : 0.0;
+    *sum += sum_of_parts(sums), *positive += (int64_t)sum_of_parts(counts);
 }
 
 /* Adds the q of a tile that are not capped at the present level, and how many are. */
 static void add_uncapped(const element_pass *pass, int64_t n, const double *w, double *sum, int64_t *capped) {
     const double level = pass->level, scale = pass->scale_of_weight, floor = pass->floor;
-    double sums[LANES] = {0}, counts[LANES] = {0};
+    double sums[PARTS] = {0}, counts[PARTS] = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            const double q = scale * w[i + lane] + floor;
-            sums[lane] += level * q >= 1 ? 0 : q;
-            counts[lane] += level * q >= 1 ? 1.0 : 0.0;
+    for (; i + PARTS <= n; i += PARTS)
+        for (int part = 0; part < PARTS; part++) {
+            const double q = scale * w[i + part] + floor;
+            sums[part] += level * q >= 1 ? 0 : q;
+            counts[part] += level * q >= 1 ? 1.0 : 0.0;
         }
-    for (int lane = 0; i < n; i++, lane++) {
+    for (int part = 0; i < n; i++, part++) {
         const double q = scale * w[i] + floor;
-        sums[lane] += level * q >= 1 ? 0 : q;
-        counts[lane] += level * q >= 1 ? 1.0 : 0.0;
+        sums[part] += level * q >= 1 ? 0 : q;
+        counts[part] += level * q >= 1 ? 1.0 : 0.0;
     }
-    *sum += sum_of_lanes(sums), *capped += (int64_t)sum_of_lanes(counts);
+    *sum += sum_of_parts(sums), *capped += (int64_t)sum_of_parts(counts);
 }
+
+/* Infinity is the key of what has no weight, and of that alone. */
+IN_VECTORS double below_infinity(double key, double w) { return w > 0 && key > DBL_MAX ? DBL_MAX : key; }
 
 /* The upper 32 bits of the float64 whose smallest are kept; that of infinity where there is no weight. */
 static void element_keys(const element_pass *pass, int64_t first, int64_t n, const double *w, uint32_t *keys) {
@@ -89,13 +92,13 @@ static void element_keys(const element_pass *pass, int64_t first, int64_t n, con
     if (pass->sampler != MMBAL_TOPK) words_of_tile(pass, first, words);
     switch (pass->sampler) {
     case MMBAL_TOPK:
-        for (int64_t i = 0; i < n; i++) values[i] = 1 / w[i];
+        for (int64_t i = 0; i < n; i++) values[i] = below_infinity(1 / w[i], w[i]);
         break;
     case MMBAL_UNIFORM:
         for (int64_t i = 0; i < n; i++) values[i] = (double)exponential_f32(words[i]);
         break;
     default:
-        for (int64_t i = 0; i < n; i++) values[i] = (double)exponential_f32(words[i]) / w[i];
+        for (int64_t i = 0; i < n; i++) values[i] = below_infinity((double)exponential_f32(words[i]) / w[i], w[i]);
     }
     for (int64_t i = 0; i < n; i++) {
         uint64_t bits;
@@ -104,13 +107,13 @@ static void element_keys(const element_pass *pass, int64_t first, int64_t n, con
     }
 }
 
-/* Keys below the threshold are kept. Those that equal it get 1, which leaves them; returns how many. */
+/* Keys below the threshold are kept; returns how many equal it. */
 static int64_t keep_smallest(const element_pass *pass, int64_t n, const uint32_t *keys, double *multipliers) {
     const uint32_t threshold = pass->threshold;
-    const double multiplier = pass->multiplier;
+    const double multiplier = pass->multiplier, tie_multiplier = pass->tie_multiplier;
     uint32_t ties = 0;
     for (int64_t i = 0; i < n; i++) {
-        multipliers[i] = keys[i] < threshold ? multiplier : keys[i] == threshold ? 1 : 0;
+        multipliers[i] = keys[i] < threshold ? multiplier : keys[i] == threshold ? tie_multiplier : 0;
         ties += keys[i] == threshold;
     }
     return ties;

@@ -17,7 +17,8 @@ static int64_t count_chunks(const mmbal_elements *t) { return (t->count + CHUNK 
 typedef struct element_work element_work;
 typedef void tile_action(element_work *work, int64_t chunk, int worker, int64_t first, int64_t n, const double *w);
 
-static const int64_t NO_TIES = -1; /* a chunk without */
+static const int64_t NO_TIES = -1;         /* a chunk without */
+static const int64_t ALL_TIES = INT64_MAX; /* of a tensor are kept, or there is none */
 
 /* Of one tensor, found before any is changed. */
 typedef struct {
@@ -157,7 +158,7 @@ static mmbal_status find_threshold(element_work *work, int64_t k, const mmbal_po
     const mmbal_status status = act(work, count_lower, pool);
     found->threshold = work->upper << LOWER_BITS | find_bin(work, k - below, pool->workers, &further, &equal);
     found->ties = k - below - further;
-    if (found->ties == equal) found->ties = INT64_MAX, found->threshold++; /* all of them, wherever they are */
+    if (found->ties == equal) found->ties = ALL_TIES; /* wherever they are */
     return status;
 }
 
@@ -170,7 +171,7 @@ static mmbal_status find_level(element_work *work, double kappa, int64_t positiv
         double rest;
         int64_t now;
         status = take_sums(work, sum_uncapped, pool, &rest, &now);
-        if (now == capped || !(kappa > (double)now)) break;
+        if (now <= capped || !(kappa > (double)now)) break;
         capped = now, work->pass.level = (kappa - (double)now) / rest;
     }
     *level = work->pass.level;
@@ -194,12 +195,13 @@ static void prepare(element_work *work, const mmbal_elements *t, const found_mas
         pass->multiplier = options.unbiased ? 0 : 1;
     else
         pass->multiplier = options.unbiased ? (double)t->count / (double)count_kept(rho, t->count) : 1;
+    pass->tie_multiplier = found->ties == ALL_TIES ? pass->multiplier : 1; /* 1 leaves them to multiply_ties */
 }
 
 /* What is kept of a tensor; nothing is changed. */
 static mmbal_status find_mask(element_work *work, const mmbal_elements *t, double rho, mmbal_mask_options options,
                               const mmbal_pool *pool, found_mask *found) {
-    *found = (found_mask){.ties = INT64_MAX};
+    *found = (found_mask){.ties = ALL_TIES};
     work->pass.tensor = t;
     if (options.sampler != MMBAL_INDEPENDENT) clear_bins(work, pool);
     const mmbal_status status = take_sums(work, sum_weights, pool, &found->sum, &found->positive);
@@ -209,7 +211,9 @@ static mmbal_status find_mask(element_work *work, const mmbal_elements *t, doubl
         return find_level(work, rho * (double)t->count, options.mix > 0 ? t->count : found->positive, pool,
                           &found->level);
     const int64_t k = count_smallest(t, rho, found, options.sampler);
-    return k > 0 ? find_threshold(work, k, pool, found) : MMBAL_OK;
+    if (k > 0) return find_threshold(work, k, pool, found);
+    found->ties = 0;
+    return MMBAL_OK;
 }
 
 static mmbal_status apply_mask(element_work *work, const mmbal_elements *t, double rho, mmbal_mask_options options,
@@ -220,7 +224,7 @@ static mmbal_status apply_mask(element_work *work, const mmbal_elements *t, doub
     if (options.sampler == MMBAL_INDEPENDENT) return act(work, multiply_drawn, pool);
     memset(work->counts, 0, (size_t)chunks * sizeof *work->counts);
     const mmbal_status status = act(work, multiply_smallest, pool);
-    if (status != MMBAL_OK || found->ties == INT64_MAX) return status;
+    if (status != MMBAL_OK || found->ties == ALL_TIES) return status;
     int64_t before = 0;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t here = work->counts[chunk];
@@ -238,7 +242,8 @@ static mmbal_status check_elements(const mmbal_elements *tensors, int64_t T, int
         if (!is_dtype(of->dtype)) return MMBAL_UNSUPPORTED;
         if (of->count < 0 || of->modality < 0 || of->modality >= M || of->id < 0 || of->id > UINT32_MAX)
             return MMBAL_INVALID_ARGUMENT;
-        if ((importance == MMBAL_GN_WN && !of->weights) || (of->base && !of->gradient)) return MMBAL_INVALID_ARGUMENT;
+        if ((importance == MMBAL_GN_WN && !of->weights && of->count > 0) || (of->base && !of->gradient))
+            return MMBAL_INVALID_ARGUMENT;
     }
     return MMBAL_OK;
 }

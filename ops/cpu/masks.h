@@ -21,7 +21,7 @@ static inline int mask_is_served(const double *rho, int64_t M, int64_t step, mmb
 /* ceil(rho n), which a rho rounded up to float32 does not make one more, and 1 at least. */
 static inline int64_t count_kept(double rho, int64_t n) {
     const double k = ceil(rho * (double)n - 1e-7 * (double)n);
-    return rho > 0 && k < 1 ? 1 : (int64_t)k;
+    return k >= 1 ? (int64_t)k : rho > 0;
 }
 
 /* p in units of 2^-32, from 1 to 2^32 */

@@ -120,6 +120,7 @@ typedef struct {
     int64_t seed, step;
     double level, scale_of_weight, floor; /* p = min(1, level (scale_of_weight w + floor)) */
     double multiplier;                    /* of what is kept; 0: 1 / p */
+    double tie_multiplier;                /* of what has the threshold's key */
     uint32_t threshold;                   /* keys below it are kept */
 } element_pass;
 

@@ -102,7 +102,8 @@ static double water_level(const double *q, int64_t n, int64_t positive, double k
             now += c * q[i] >= 1;
             rest += c * q[i] >= 1 ? 0 : q[i];
         }
-        if (now == capped || !(kappa > (double)now)) return c;
+        /* Fewer than before: some just reach 1, and did so by rounding alone. */
+        if (now <= capped || !(kappa > (double)now)) return c;
         capped = now, c = (kappa - (double)now) / rest;
     }
 }
@@ -411,8 +412,9 @@ int64_t mmbal_mask_units_workspace(const mmbal_segment *segments, int64_t S, con
 static int are_segments(const mmbal_segment *segments, int64_t S, int64_t U, int64_t M) {
     for (int64_t s = 0; s < S; s++) {
         const mmbal_segment *of = &segments[s];
-        if (of->units < 0 || of->units > INT32_MAX || of->first < 0 || of->first + of->units > U) return 0;
-        if (of->modality < 0 || of->modality >= M || of->id < 0 || of->id > UINT32_MAX || of->first_unit < 0) return 0;
+        if (of->units < 0 || of->units > INT32_MAX || of->first < 0 || of->first > U - of->units) return 0;
+        if (of->modality < 0 || of->modality >= M || of->id < 0 || of->id > UINT32_MAX) return 0;
+        if (of->first_unit < 0 || of->first_unit > (INT64_C(1) << 46) - of->units) return 0;
     }
     return 1;
 }

@@ -43,9 +43,15 @@ static inline void NAME(weigh)(const weight_rows *t, const NAME(weight_terms) * 
             for (int64_t r = 0; r < rows; r++) {
                 const REAL below = column[r] < ceiling ? column[r] : ceiling, D = below > floor ? below : floor;
                 column[r] = column[r] == column[r] ? D * modality : 0;
-                total[r] += column[r];
             }
         }
+    }
+    for (int64_t m = 0; m < M && !agree; m += 2) { /* by pairs, as the vectors below do */
+        const REAL *restrict even = columns + m * stride, *restrict odd = even + stride;
+        if (m + 1 < M)
+            for (int64_t r = 0; r < rows; r++) total[r] += even[r] + odd[r];
+        else
+            for (int64_t r = 0; r < rows; r++) total[r] += even[r];
     }
     if (agree) {
         for (int64_t r = 0; r < rows; r++) top[r] = top[r] == -INFINITY ? 0 : top[r]; /* nothing counts: exp(-inf) */
@@ -83,12 +89,14 @@ enum {
 };
 
 #ifndef __clang__ /* which has no __builtin_shuffle */
-/* For rows of M terms in a vector, lane r: the sum of row r. */
-IN_VECTORS NAME(lanes) NAME(sums_of_rows)(NAME(lanes) terms, const NAME(lane_integers) * of_modality, int64_t M) {
-    NAME(lanes) sum = {0};
+/* For rows of M terms in a vector, the sum of a row by pairs, in the lane of its first term. later[m]: the lane m
+ * further on. */
+IN_VECTORS NAME(lanes) NAME(sums_of_rows)(NAME(lanes) terms, const NAME(lane_integers) * later, int64_t M) {
+    const NAME(lanes) pairs = terms + __builtin_shuffle(terms, later[1]);
+    NAME(lanes) sum = pairs;
 #pragma GCC unroll 16
-    for (int64_t m = 0; m < M; m++) sum += __builtin_shuffle(terms, of_modality[m]);
-    return sum;
+    for (int64_t m = 2; m + 1 < M; m += 2) sum += __builtin_shuffle(pairs, later[m]);
+    return M % 2 ? sum + __builtin_shuffle(terms, later[M - 1]) : sum;
 }
 
 static inline NAME(lanes) NAME(where)(NAME(lane_integers) condition, NAME(lanes) value) {
@@ -102,11 +110,13 @@ IN_VECTORS int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(wei
     const int64_t step = LANES / M * M, most = rows * M - step - LANES;
     const REAL floor = terms->floor, ceiling = terms->ceiling;
     REAL modality[LANES];
-    NAME(lane_integers) both, row[PAIR], of_modality[LANES]; /* of_modality[m], lane r: that of modality m in row r */
+    /* both: the first lanes of the rows of two vectors; row: where in it a lane's row is; first: of a lane's row */
+    NAME(lane_integers) both, row[PAIR], first, later[LANES];
     for (int i = 0; i < LANES; i++) {
         modality[i] = terms->modality[i % M];
-        both[i] = i < HALF ? i : LANES + i - HALF, row[0][i] = i / M, row[1][i] = HALF + i / M;
-        for (int64_t m = 0; m < M; m++) of_modality[m][i] = i < LANES / M ? i * M + m : 0;
+        both[i] = i < HALF ? i * M % LANES : LANES + (i - HALF) * M % LANES;
+        row[0][i] = i / M, row[1][i] = HALF + i / M, first[i] = i / M * M;
+        for (int64_t m = 1; m < M; m++) later[m][i] = (i + m) % LANES;
     }
     int64_t i = 0;
     for (; i <= most; i += PAIR * step) {
@@ -120,14 +130,14 @@ IN_VECTORS int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(wei
                 ones[lane] = value == value;
             }
             memcpy(&share[v], shares, sizeof shares), memcpy(&one[v], ones, sizeof ones);
-            total[v] = NAME(sums_of_rows)(share[v], of_modality, M);
+            total[v] = NAME(sums_of_rows)(share[v], later, M);
         }
         const NAME(lanes) totals = __builtin_shuffle(total[0], total[1], both);
         const NAME(lanes) inverses = NAME(where)(totals > 0, 1 / totals);
 #pragma GCC unroll 2
         for (int v = 0; v < PAIR; v++) {
             NAME(lanes) weight = share[v] * __builtin_shuffle(inverses, row[v]);
-            if (mean_one) weight *= __builtin_shuffle(NAME(sums_of_rows)(one[v], of_modality, M), row[0]);
+            if (mean_one) weight *= __builtin_shuffle(NAME(sums_of_rows)(one[v], later, M), first);
             memcpy(weights + i + v * step, &weight, sizeof weight);
         }
     }

@@ -20,7 +20,7 @@ from .comparing import dress, gain_dot, verdict_handles
 
 MODALITY_COLOURS = ("#2468b4", "#c0562f", "#3a8f5c", "#8d5fb0")
 MARKERS = ("o", "s", "^", "D")
-GAP_LINES = {  # arm: colour and width; grey is what AMSS has to beat
+GAP_LINES = {  # arm: colour and width
     "joint": ("#222222", 2.2),
     "amss": ("#2468b4", 2.2),
     "amss_plus": ("#5aa9e6", 2.2),

@@ -57,7 +57,7 @@ def provenance_line(results: dict) -> str:
 
 
 def dress(axis, title: str, label: str) -> None:
-    """A panel of gains: zero is a line, up to the reader's left is worse."""
+    """Title, axis label and grid of a panel of gains, worse to the left."""
     axis.set_title(title, fontsize=11)
     axis.set_xlabel(f"← worse      {label}      better →", fontsize=9.5)
     axis.spines[["top", "right", "left"]].set_visible(False)

@@ -9,9 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmbal.cli import app
-from mmbal.study import arms, btw, data
-from mmbal.study.arms import LEAKING, METHODS, TITLES, Recipe
-from mmbal.study.report import comparison, verdicts
+from mmbal.study import btw, btw_arms, data
+from mmbal.study.btw_arms import LEAKING, METHODS, TITLES, Recipe
+from mmbal.study.btw_report import verdicts
+from mmbal.study.comparing import comparison
 
 SETTINGS = {setting.name: setting for setting in data.SETTINGS}
 RECIPE = Recipe(epochs=2, batch=512)
@@ -112,7 +113,7 @@ def test_test_labels_change_no_prediction_but_those_of_the_arm_marked_as_leaking
     loaded = data.load_setting(SETTINGS[name], 0)
     turned = replace(loaded, test=replace(loaded.test, target=loaded.test.target.flip(0)))
     assert not torch.equal(loaded.test.target, turned.test.target)
-    before, after = (arms.run_arms(version, RECIPE, 0)[0] for version in (loaded, turned))
+    before, after = (btw_arms.run_arms(version, RECIPE, 0)[0] for version in (loaded, turned))
     for arm in TITLES:
         same = torch.equal(before[arm].prediction, after[arm].prediction)
         assert same == (arm != LEAKING or name.startswith("cells")), arm
@@ -122,7 +123,7 @@ def test_validation_labels_do_nothing_but_choose_the_epoch():
     loaded = data.load_setting(SETTINGS["chicago"], 0)
     turned = replace(loaded, validation=replace(loaded.validation, target=loaded.validation.target.flip(0)))
     recipe = replace(RECIPE, epochs=1)  # nothing to choose
-    before, after = (arms.run_arms(version, recipe, 0)[0] for version in (loaded, turned))
+    before, after = (btw_arms.run_arms(version, recipe, 0)[0] for version in (loaded, turned))
     for arm in ("plain", "uniform", "average", *METHODS):
         assert torch.equal(before[arm].prediction, after[arm].prediction), arm
 
@@ -131,7 +132,7 @@ def test_the_best_single_modality_falls_back_to_the_next_one_that_a_row_has():
     loaded = data.load_setting(SETTINGS["chicago-missing"], 0)
     predictions = {name: torch.full((len(loaded.test),), float(i)) for i, name in enumerate(loaded.modalities)}
     losses = dict(zip(loaded.modalities, (0.4, 0.1, 0.3, 0.2), strict=True))
-    chosen = arms.single(loaded, predictions, losses).prediction
+    chosen = btw_arms.single(loaded, predictions, losses).prediction
     for row, value in enumerate(chosen.tolist()):
         present = [name for name, there in zip(loaded.modalities, loaded.test.present[row], strict=True) if there]
         assert loaded.modalities[int(value)] == min(present, key=losses.get)

@@ -156,5 +156,24 @@ def btw(
         raise typer.Exit(130) from None
 
 
+@study.command()
+def amss(
+    out: Annotated[Path, typer.Option(help="Where results go; what is finished there is not done again.")] = Path(
+        "mmbal-study/amss"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs, not what it gains.")
+    ] = False,
+):
+    """Masks subnetworks of the modality that is ahead (AMSS) on three data sets and compares it with joint training."""
+    from mmbal.study.amss import run_study
+
+    try:
+        run_study(out, seeds=seeds, quick=quick)
+    except KeyboardInterrupt:  # run_study has said what is kept
+        raise typer.Exit(130) from None
+
+
 if __name__ == "__main__":
     app()

@@ -77,15 +77,16 @@ class Splits:
     test: Pairs
 
 
-def _tiles(name: str, count: int) -> torch.Tensor:
+def tiles(name: str, count: int) -> torch.Tensor:
     """Cut a sheet, row by row, into uint8 [count, 3, 48, 48]."""
     sheet = np.asarray(Image.open(ASSETS / name).convert("RGB"))
     rows, columns = sheet.shape[0] // TILE, sheet.shape[1] // TILE
-    tiles = sheet.reshape(rows, TILE, columns, TILE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, TILE, TILE)
-    return torch.from_numpy(tiles[:count].copy())
+    cut = sheet.reshape(rows, TILE, columns, TILE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, TILE, TILE)
+    return torch.from_numpy(cut[:count].copy())
 
 
-def _table(name: str) -> list[dict[str, str]]:
+def read_table(name: str) -> list[dict[str, str]]:
+    """Rows of a table of this folder."""
     with open(ASSETS / name, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
@@ -97,7 +98,7 @@ def _keywords(text: str, title: str) -> tuple[str, ...]:
 
 def load_pairs() -> Pairs:
     """All 4,807 pairs."""
-    emoji, clipart = _table("emoji.tsv"), _table("clipart.tsv")
+    emoji, clipart = read_table("emoji.tsv"), read_table("clipart.tsv")
     captions = [
         Caption(
             row["name_en"],
@@ -107,11 +108,11 @@ def load_pairs() -> Pairs:
         for row in emoji
     ]
     captions += [Caption(row["title"], _keywords(row["keywords"], row["title"])) for row in clipart]
-    images = torch.cat([_tiles("emoji48.png", len(emoji)), _tiles("clipart48.png", len(clipart))])
+    images = torch.cat([tiles("emoji48.png", len(emoji)), tiles("clipart48.png", len(clipart))])
     return Pairs(images, captions)
 
 
-def _title_key(title: str) -> str:
+def title_key(title: str) -> str:
     """Titles that differ in case, digits or punctuation only are one title ("glace 7 bw", "Glace 8 BW")."""
     return " ".join(re.findall(r"[^\W\d_]+", title.lower())) or title.lower()
 
@@ -121,7 +122,7 @@ def split_pairs(pairs: Pairs, seed: int = 0) -> Splits:
 
     A title that repeats would be found in two splits, or twice in one with no way to tell the copies apart.
     """
-    keys = [_title_key(caption.title) for caption in pairs.captions]
+    keys = [title_key(caption.title) for caption in pairs.captions]
     counts = Counter(keys)
     single = [i for i, key in enumerate(keys) if counts[key] == 1]
     random.Random(seed).shuffle(single)

@@ -3,83 +3,39 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import time
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import mmbal
-from mmbal.demo.model import replace_file
-from mmbal.demo.report import machine, versions
-from mmbal.demo.store import fingerprint
 
-from .arms import TRAINED, Recipe, run_arms
+from .btw_arms import TRAINED, Recipe, run_arms
+from .btw_report import markdown, plot, summarise
 from .data import ASSETS, SETTINGS, Data, Setting, load_setting
-from .report import markdown, summarise, write_report
+from .runs import Job, Study, check_seeds, conduct
+from .training import classification_metrics
+
+CODE = ("data", "btw_models", "training", "btw_arms", "btw")  # what the numbers rest on
 
 
 def run_study(
     out: str | os.PathLike = "mmbal-study/btw", seeds: int = 5, quick: bool = False, recipe: Recipe | None = None
 ) -> dict:
     """Run every setting and seed that `out` does not hold yet, write the report there and return its numbers."""
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
-    out = Path(out)
+    seeds = check_seeds(seeds, quick)
     recipe = recipe or (Recipe.quick() if quick else Recipe())
-    seeds = 1 if quick else seeds
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only get slower with more
-    try:
-        runs = _runs(out / "runs" / _mark(recipe), seeds, recipe)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. What is finished is kept in {out}; the same command goes on from there.")
-        raise
-    finally:
-        torch.set_num_threads(threads)
-    results = {
-        "settings": summarise(runs),
-        "runs": runs,
-        "seeds": seeds,
-        "recipe": asdict(recipe),
-        "seconds": sum(run["seconds"]["total"] for run in runs),
-        "machine": machine() | {"threads": 1},
-        "versions": versions(),
-    }
-    write_report(out, results)
-    print(markdown(results))
-    print(f"Written to {out}: report.md, btw.png, results.json.")
-    return results
-
-
-def _mark(recipe: Recipe) -> str:
-    """Another recipe, version, table or line of the study's code does not reuse what is finished."""
-    code = [Path(__file__).with_name(f"{name}.py") for name in ("data", "models", "arms", "btw")]
+    code = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     files = [*code, Path(inspect.getfile(mmbal.BTW)), *sorted(ASSETS.glob("*.csv.gz"))]
-    return fingerprint({"recipe": asdict(recipe), "versions": versions()}, *files)
-
-
-def _runs(folder: Path, seeds: int, recipe: Recipe) -> list[dict]:
-    """Results of every seed and setting, in this order; each is a file once it is finished."""
-    runs = []
-    per_run = 4 + len(TRAINED)  # four unimodal models
-    jobs = [(seed, setting) for seed in range(seeds) for setting in SETTINGS]
-    with tqdm(total=per_run * len(jobs), unit="model") as bar:
-        for seed, setting in jobs:
-            file = folder / f"{setting.name}-{seed}.json"
-            if file.exists():
-                runs.append(json.loads(file.read_text("utf-8")))
-                bar.update(per_run)
-                continue
-            bar.set_description(f"{setting.name}, seed {seed}")
-            run = run_setting(setting, seed, recipe, lambda: bar.update(1))
-            text = json.dumps(run, indent=2) + "\n"
-            replace_file(file, lambda path, text=text: path.write_text(text, "utf-8"))
-            runs.append(run)
-    return runs
+    study = Study(recipe, files, summarise, markdown, {"btw.png": plot})
+    jobs = [
+        Job(f"{setting.name}-{seed}", 4 + len(TRAINED), partial(run_setting, setting, seed, recipe))
+        for seed in range(seeds)
+        for setting in SETTINGS
+    ]
+    return conduct(study, out, seeds, jobs)
 
 
 def run_setting(setting: Setting, seed: int, recipe: Recipe, trained=lambda: None) -> dict:
@@ -124,9 +80,4 @@ def metrics(data: Data, prediction: torch.Tensor, rows: torch.Tensor | None = No
             "mae": float(error.abs().mean()) * data.scale,
             "r2": float(1 - error.square().sum() / spread.square().sum()),
         }
-    said = prediction.argmax(1)
-    scores = []
-    for label in range(data.outputs):
-        right = int(((said == label) & (target == label)).sum())
-        scores.append(2 * right / max(1, int((said == label).sum() + (target == label).sum())))
-    return {"accuracy": float((said == target).double().mean()), "macro_f1": sum(scores) / len(scores)}
+    return classification_metrics(prediction, target)

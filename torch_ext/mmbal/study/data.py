@@ -1,4 +1,4 @@
-"""The four settings of the study: two tables of four modalities each, with and without missing modalities.
+"""Two tables of four modalities each, with and without missing modalities: the four settings of the study of BTW.
 
 Shapes: N rows of a split, M modalities.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import csv
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from .models import stack
 
 ASSETS = Path(__file__).parent / "assets"
 MISSING = 0.3  # probability that a modality of a row is absent
@@ -42,6 +42,12 @@ SETTINGS = (
 )
 
 
+def stack(inputs: Sequence[Tensor]) -> Tensor:
+    """M inputs [B, columns] -> [M, B, widest], the narrower ones padded with zeros."""
+    widest = max(values.shape[1] for values in inputs)
+    return torch.stack([F.pad(values, (0, widest - values.shape[1])) for values in inputs])
+
+
 @dataclass
 class Split:
     """inputs float32 [N, columns] a modality, zero where absent; present bool [N, M]; target [N]."""
@@ -52,7 +58,7 @@ class Split:
 
     @cached_property
     def stacked(self) -> Tensor:
-        """The inputs as the fusion model takes them, [M, N, widest]."""
+        """The inputs as the fusion model of BTW takes them, [M, N, widest]."""
         return stack(list(self.inputs.values()))
 
     def __len__(self) -> int:

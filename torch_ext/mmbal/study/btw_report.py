@@ -1,9 +1,7 @@
-"""What the study leaves behind to read: results.json, report.md and one picture."""
+"""What the study of BTW leaves behind to read: its summary, its report and one picture."""
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 from pathlib import Path
 
@@ -11,11 +9,22 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from scipy import stats
 
 from mmbal.demo.model import replace_file
 
-from .arms import LEAKING, METHODS, TITLES
+from .btw_arms import LEAKING, METHODS, TITLES
+from .comparing import (
+    comparison,
+    dress,
+    gain_dot,
+    gain_text,
+    listed,
+    mean_deviation,
+    mean_text,
+    provenance_line,
+    reach_of,
+    verdict_handles,
+)
 from .data import SETTINGS
 
 METRICS = {  # of a table: the main metric first
@@ -27,34 +36,10 @@ LEAK_TITLES = {
     "cells": "published protocol: sees all test rows at once",
 }
 COMPARED = tuple(arm for arm in TITLES if arm not in ("plain", LEAKING))
-COLOURS = {"better": "#2468b4", "worse": "#c0562f", "unclear": "#7d8794"}
 
 
 def _shown(metric: str, value: float) -> float:
     return 100 * value if metric in ("accuracy", "macro_f1") else value
-
-
-def mean_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation; no deviation of a single value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def comparison(gains: list[float]) -> dict:
-    """Paired gains of the seeds (positive: better) -> mean, standard error, 95 % interval, seeds won, verdict."""
-    mean, deviation = mean_deviation(gains)
-    count, error, half, verdict = len(gains), None, None, "unclear"
-    if deviation is not None:
-        error = deviation / math.sqrt(count)
-        half = error * float(stats.t.ppf(0.975, count - 1))
-        verdict = "better" if mean > half else "worse" if mean < -half else "unclear"
-    return {
-        "mean": mean,
-        "standard_error": error,
-        "half_interval": half,
-        "seeds_better": sum(gain > 0 for gain in gains),
-        "seeds": count,
-        "verdict": verdict,
-    }
 
 
 def summarise(runs: list[dict]) -> dict:
@@ -101,10 +86,6 @@ def summarise(runs: list[dict]) -> dict:
     return summary
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) if names else "no setting"
-
-
 def verdicts(results: dict) -> list[str]:
     """One line an arm, then what follows; all from the numbers."""
     if results["seeds"] < 2:
@@ -117,9 +98,7 @@ def verdicts(results: dict) -> list[str]:
     lines = []
     for arm in COMPARED:
         better, worse = where(arm, "better"), where(arm, "worse")
-        lines.append(
-            f"{TITLES[arm]}: clearly better than plain fusion in {_listed(better)}; worse in {_listed(worse)}."
-        )
+        lines.append(f"{TITLES[arm]}: clearly better than plain fusion in {listed(better)}; worse in {listed(worse)}.")
     helpful = [TITLES[arm] for arm in COMPARED if where(arm, "better") and not where(arm, "worse")]
     lines.append(
         "**Clearly better than plain fusion somewhere and clearly worse nowhere:** "
@@ -129,13 +108,13 @@ def verdicts(results: dict) -> list[str]:
     of_btw = [TITLES[arm] for arm in METHODS if where(arm, "better") and not where(arm, "worse")]
     lines.append(f"**Of the arms with BTW's weights:** {', '.join(of_btw) or 'none'}.")
     none = [name for name in settings if not any(name in where(arm, "better") for arm in METHODS)]
-    lines.append(f"**No arm with BTW's weights clearly beats plain fusion in:** {_listed(none)}.")
+    lines.append(f"**No arm with BTW's weights clearly beats plain fusion in:** {listed(none)}.")
     cheap, both = [], []
     for arm in METHODS:
         found = where(arm, "better", "over_average")
-        cheap += [f"{TITLES[arm]} ({_listed(found)})"] if found else []
+        cheap += [f"{TITLES[arm]} ({listed(found)})"] if found else []
         found = [name for name in found if name in where(arm, "better")]
-        both += [f"{TITLES[arm]} ({_listed(found)})"] if found else []
+        both += [f"{TITLES[arm]} ({listed(found)})"] if found else []
     lines.append(
         "**At equal cost**, clearly better than the average of the models that BTW needs too: "
         f"{'; '.join(cheap) or 'no arm'}. Clearly better than this average and than plain fusion: "
@@ -149,17 +128,12 @@ def verdicts(results: dict) -> list[str]:
 
 
 def _gain(setting: str, gain: dict) -> str:
-    unit = " %" if setting.startswith("chicago") else ""
-    error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.2f}"
-    return f"{gain['mean']:+.2f}{unit}{error}"
+    return gain_text(gain, " %" if setting.startswith("chicago") else "")
 
 
 def _metric_cells(summary: dict) -> str:
-    cells = []
-    for metric, (mean, deviation) in summary["metrics"].items():
-        digits = 1 if metric in ("accuracy", "macro_f1") else 3
-        cells.append(f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}"))
-    return " | ".join(cells)
+    digits = {metric: 1 if metric in ("accuracy", "macro_f1") else 3 for metric in summary["metrics"]}
+    return " | ".join(mean_text(*values, digits[metric]) for metric, values in summary["metrics"].items())
 
 
 def _table(setting, summary: dict) -> list[str]:
@@ -274,53 +248,25 @@ def markdown(results: dict) -> str:
         if arm not in ("single", "average"):
             cells = " | ".join(f"{s['arms'][arm]['seconds']:.1f}" for s in settings.values())
             lines.append(f"| {TITLES[arm]} | {cells} |")
-    machine = results["machine"]
-    lines += [
-        "",
-        f"{results['seconds']:.0f} s in all. {machine['processor']}, {machine['threads']} thread; "
-        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        + ".",
-        "",
-    ]
+    lines += ["", provenance_line(results), ""]
     return "\n".join(lines)
 
 
 def _panel(axis, setting, summary: dict, order: list[str]) -> None:
     """Dots: gain of each arm over plain fusion with its 95 % interval; what lies outside is an arrow with a number."""
     gains = {arm: summary["arms"][arm]["over_plain"] for arm in order}
-    reach = sorted(abs(gain["mean"]) + (gain["half_interval"] or 0) for gain in gains.values())
-    limit = max(1.15 * reach[len(reach) // 2], 1.0)  # a far arm must not press the others together
-    far = {}
-    for side in (-1, 1):
-        ends = [side * gain["mean"] + (gain["half_interval"] or 0) for gain in gains.values()]
-        far[side] = min((1.5 + 0.5 * side) * limit, max(0.3 * limit, 1.1 * max(ends)))  # what is better shows whole
+    far = reach_of(list(gains.values()))
     unit = " %" if setting.table == "chicago" else ""
     axis.axvline(0, color="black", linewidth=1.2)
     for place, arm in enumerate(order):
-        gain = gains[arm]
-        colour = "#8a8a8a" if arm == LEAKING else COLOURS[gain["verdict"]]
-        side = int(math.copysign(1, gain["mean"]))
-        if abs(gain["mean"]) > far[side]:
-            style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
-            axis.annotate("", (side * far[side], place), (side * 0.86 * far[side], place), arrowprops=style)
-            text = f"{gain['mean']:+.0f}{unit}".replace("-", "\N{MINUS SIGN}")
-            axis.text(side * 0.83 * far[side], place, text, va="center", ha="left" if side < 0 else "right", fontsize=9)
-            continue
-        face = "white" if arm == LEAKING else colour
-        half = gain["half_interval"]
-        axis.errorbar(gain["mean"], place, xerr=half, fmt="o", color=colour, mfc=face, markersize=7.5, capsize=3)
+        look = {"color": "#8a8a8a", "mfc": "white"} if arm == LEAKING else {}
+        gain_dot(axis, gains[arm], place, far, unit, **look)
     last = len(order) - 1
     axis.axhspan(last - 0.5, last + 0.5, facecolor="#eeeeee", edgecolor="#cccccc", hatch="///", linewidth=0, zorder=0)
     axis.axhline(len(METHODS) - 0.5, color="#b0b0b0", linewidth=0.8, linestyle=":")
     axis.set_xlim(-far[-1], far[1])
     axis.set_ylim(last + 0.5, -0.5)
-    axis.set_title(setting.title, fontsize=11)
-    what = "MAE lower by, %" if setting.table == "chicago" else "accuracy gained, points"
-    axis.set_xlabel(f"← worse      {what}      better →", fontsize=9.5)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", color="#e4e4e4", linewidth=0.7)
-    axis.set_axisbelow(True)
+    dress(axis, setting.title, "MAE lower by, %" if setting.table == "chicago" else "accuracy gained, points")
 
 
 def plot(results: dict, path: Path) -> None:
@@ -335,18 +281,6 @@ def plot(results: dict, path: Path) -> None:
     count = results["seeds"]
     bars = f"mean and 95 % interval of {count} seeds" if count > 1 else "one seed, no interval"
     figure.suptitle(f"Does weighting the modalities beat plain fusion (the black line)? {bars}", fontsize=12.5)
-    titles = {"better": "clearly better", "worse": "clearly worse", "unclear": "no clear difference"}
-    handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[verdict], label=title)
-        for verdict, title in titles.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=verdict_handles(plt), loc="outside lower center", ncols=3, frameon=False)
     replace_file(path, lambda file: figure.savefig(file, dpi=130, format="png"))
     plt.close(figure)
-
-
-def write_report(out: Path, results: dict) -> None:
-    plot(results, out / "btw.png")
-    replace_file(out / "report.md", lambda file: file.write_text(markdown(results), "utf-8"))
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    replace_file(out / "results.json", lambda file: file.write_text(text, "utf-8"))

@@ -8,9 +8,8 @@ Shapes: N rows of a split, M modalities, C classes.
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 import mmbal
 
+from .btw_models import Fusion, Unimodal, multiply
 from .data import Data, Split
-from .models import Fusion, Unimodal, multiply
+from .training import epochs
 
 PARTS = ("train", "validation", "test")
 Predictions = dict[str, dict[str, Tensor]]  # of each part and modality
@@ -78,24 +78,8 @@ def loss_of(task: str, prediction: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(prediction, target) if task == "regression" else F.cross_entropy(prediction, target)
 
 
-def epochs(
-    model: nn.Module, rows: Tensor, batch_loss: Callable[[Tensor], Tensor], recipe: Recipe, seed: int
-) -> Iterator[int]:
-    """Train on the training rows with these numbers; after each epoch its number, the model in evaluation mode."""
-    optimiser = torch.optim.Adam(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(recipe.epochs):
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / recipe.epochs))
-        model.train()
-        for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch):
-            optimiser.zero_grad(set_to_none=True)
-            batch_loss(batch).backward()
-            optimiser.step()
-        model.eval()
-        yield epoch + 1
+def adam(model: nn.Module, recipe: Recipe) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 
 
 class Constant:
@@ -226,7 +210,8 @@ def train_unimodal(data: Data, name: str, recipe: Recipe, seed: int) -> tuple[di
         return loss_of(data.task, model(train.inputs[name][rows]), train.target[rows])
 
     predictions, best = {}, None
-    for _ in epochs(model, train.present[:, position].nonzero().squeeze(1), batch_loss, recipe, seed):
+    rows = train.present[:, position].nonzero().squeeze(1)
+    for _ in epochs(model, adam(model, recipe), rows, batch_loss, recipe, seed):
         with torch.no_grad():
             loss = float(loss_of(data.task, model(validation.inputs[name])[seen], validation.target[seen]))
             if best is None or loss < best:
@@ -248,7 +233,7 @@ def train_fusion(arm: str, data: Data, unimodal: Predictions, recipe: Recipe, se
         return loss_of(data.task, prediction, train.target[rows])
 
     best = None
-    for epoch in epochs(model, torch.arange(len(train)), batch_loss, recipe, seed):
+    for epoch in epochs(model, adam(model, recipe), torch.arange(len(train)), batch_loss, recipe, seed):
         with torch.no_grad():
             weighting.begin_evaluation(model)
             prediction, _ = weighting.held_out(model, "validation")

@@ -1,12 +1,13 @@
-"""The small models of the study. Shapes: B rows, M modalities, C classes."""
+"""The small models of the study of BTW. Shapes: B rows, M modalities, C classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .data import stack
 
 WIDTH, EMBEDDING = 64, 32
 
@@ -16,12 +17,6 @@ Scale = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
 def multiply(embeddings: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Each of M embeddings [B, d] times its column of weights [B, M]."""
     return [embedding * column for embedding, column in zip(embeddings, weights.T.unsqueeze(2), strict=True)]
-
-
-def stack(inputs: Sequence[Tensor]) -> Tensor:
-    """M inputs [B, columns] -> [M, B, widest], the narrower ones padded with zeros."""
-    widest = max(values.shape[1] for values in inputs)
-    return torch.stack([F.pad(values, (0, widest - values.shape[1])) for values in inputs])
 
 
 def _head(width: int, outputs: int) -> nn.Sequential:

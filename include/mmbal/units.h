@@ -37,7 +37,8 @@ int64_t mmbal_unit_energy_workspace(const mmbal_units *tensors, int64_t T);
 
 /* energy[U]: of each tensor groups x units of them, in order. Squares and sums are float64, in an order that depends on
  * the shapes alone; nothing of float32 over- or underflows. *nonfinite = 1 where a value of a tensor is infinite or NaN
- * (or a sum of squares of float64 values is infinite), else 0. weights: the parameters, for gn_wn; NULL otherwise. */
+ * (or an energy of float64 values is infinite, or a weight is NaN), else 0. weights: the parameters, for gn_wn; NULL
+ * otherwise. */
 mmbal_status mmbal_unit_energy(const mmbal_units *tensors,                             /* [T], read */
                                const mmbal_units *weights,                             /* [T] or NULL */
                                int64_t T, mmbal_importance importance, double *energy, /* [U] out */
@@ -47,7 +48,8 @@ mmbal_status mmbal_unit_energy(const mmbal_units *tensors,                      
 int64_t mmbal_scale_units_workspace(int64_t T);
 
 /* Each unit's values x become scale x, or base + scale (x - base) where bases are given: 0 (base) where scale = 0
- * whatever x holds, untouched where scale = 1. Computed in real, rounded once. */
+ * whatever x holds, untouched where scale = 1. Computed in real, rounded once; what the dtype cannot hold (float16:
+ * from 65520 on) becomes infinite. */
 mmbal_status mmbal_scale_units(const mmbal_units *tensors,     /* [T], in and out */
                                const mmbal_units *bases,       /* [T] of the same dtypes and sizes, or NULL */
                                int64_t T, const double *scale, /* [U] */

@@ -85,7 +85,9 @@ static void add_uncapped(const element_pass *pass, int64_t n, const double *w, d
 /* Infinity is the key of what has no weight, and of that alone. */
 IN_VECTORS double below_infinity(double key, double w) { return w > 0 && key > DBL_MAX ? DBL_MAX : key; }
 
-/* The upper 32 bits of the float64 whose smallest are kept; that of infinity where there is no weight. */
+/* The upper 32 bits of the float64 whose smallest are kept; that of infinity where there is no weight. Without the
+ * sign, which only a NaN can have (x86 makes negative ones): keys choose bins before anyone knows that all is finite.
+ */
 static void element_keys(const element_pass *pass, int64_t first, int64_t n, const double *w, uint32_t *keys) {
     uint32_t words[ELEMENTS_PER_TILE];
     double values[ELEMENTS_PER_TILE];
@@ -103,7 +105,7 @@ static void element_keys(const element_pass *pass, int64_t first, int64_t n, con
     for (int64_t i = 0; i < n; i++) {
         uint64_t bits;
         memcpy(&bits, &values[i], sizeof bits);
-        keys[i] = (uint32_t)(bits >> 32);
+        keys[i] = (uint32_t)(bits >> 32) & 0x7FFFFFFFu;
     }
 }
 

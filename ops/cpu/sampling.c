@@ -70,7 +70,7 @@ static smallest find_smallest(const uint64_t *keys, int64_t n, int64_t k, uint64
     return found;
 }
 
-static int is_kept(smallest *found, uint64_t key, int64_t k) {
+static int take(smallest *found, uint64_t key, int64_t k) {
     if (k == 0 || key > found->last) return 0;
     return key < found->last || found->ties-- > 0;
 }
@@ -156,7 +156,7 @@ static mmbal_status sample_task(void *context, int worker, int64_t begin, int64_
         }
         const int64_t k = t->k[s] < positive ? t->k[s] : positive;
         smallest found = find_smallest(keys, N, k, keys + N);
-        for (int64_t n = 0; n < N; n++) t->mask[s * N + n] = (uint8_t)is_kept(&found, keys[n], k);
+        for (int64_t n = 0; n < N; n++) t->mask[s * N + n] = (uint8_t)take(&found, keys[n], k);
     }
     return MMBAL_OK;
 }
@@ -305,7 +305,7 @@ static void draw_smallest(const masked_segments *t, drawn *d) {
     const smallest found = find_smallest(keys, n, k, d->numbers2);
     smallest left = found;
     for (int64_t u = 0; u < n; u++) {
-        const int kept = is_kept(&left, keys[u], k);
+        const int kept = take(&left, keys[u], k);
         double probability = kept;
         if (sampler == MMBAL_UNIFORM) probability = (double)k / (double)n;
         if (sampler == MMBAL_BOTTOMK && w[u] > 0 && k > 0) { /* given the keys of the others */

@@ -215,9 +215,9 @@ mmbal_status mmbal_unit_energy(const mmbal_units *tensors, const mmbal_units *we
     if (status == MMBAL_OK && weights) status = sum_squares(weights, T, of_weights, (void *)from.next, pool);
     *nonfinite = 0;
     for (int64_t u = 0; u < U; u++) {
-        *nonfinite |= !isfinite(energy[u]);
         if (importance == MMBAL_SQRT_GN) energy[u] = sqrt(energy[u]);
         if (importance == MMBAL_GN_WN) energy[u] /= of_weights[u] + (double)FLT_MIN;
+        *nonfinite |= !isfinite(energy[u]);
     }
     return status;
 }

@@ -259,7 +259,7 @@ TEST(MaskElementsOfLists, ChangeNothingWhereAnyGradientIsNotFinite) {
             List fine = good;
             ASSERT_EQ(fine.run(), MMBAL_OK);
             EXPECT_FALSE(same_data(fine, good));
-            for (double bad : {NOT_A_NUMBER, INFINITE, -INFINITE})
+            for (double bad : {NOT_A_NUMBER, -NOT_A_NUMBER, INFINITE, -INFINITE})
                 for (auto [t, i] : std::vector<std::pair<int, int64_t>>{{0, 0}, {2, 0}, {6, 65999}, {9, 12344}}) {
                     List list = good;
                     list.tensors[t].gradient.set(i, bad);

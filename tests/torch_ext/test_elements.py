@@ -108,7 +108,7 @@ def test_fewer_elements_with_energy_than_asked_for_are_all_kept():
     assert torch.equal(masked([g], 0.5, "independent", lam=0.0)[0], g)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sampler", ["bottomk", "independent", "topk", "uniform"])
 def test_one_value_that_is_not_finite_leaves_every_tensor(value, sampler):
     grads = [gradient((50, 50)) for _ in range(3)]

@@ -4,6 +4,7 @@ Processes and mixed precision have files of their own (test_amss_distributed.py,
 Letters: M modalities, B samples, C classes, U units.
 """
 
+import copy
 import math
 import pickle
 
@@ -160,9 +161,10 @@ def test_sgd_moves_by_the_masked_gradient_alone():
 def displacement(plus, where="grad", sampler="uniform", steps=300, rows=400, **options):
     """Of rows whose gradient is always 1, under Adam."""
     p = nn.Parameter(torch.zeros(rows, 2, **F64))
-    optimizer = torch.optim.Adam([p], lr=1e-3, betas=(0.9, 0.99), eps=1e-30)
+    other = nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.Adam([p, other], lr=1e-3, betas=(0.9, 0.99), eps=1e-30)
     amss = AMSS(
-        {"a": [p], "b": [nn.Parameter(torch.zeros(2, 2))]},
+        {"a": [p], "b": [other]},
         plus,
         rho={"a": 0.3, "b": 0.3},
         where=where,
@@ -223,6 +225,15 @@ def test_where_update_without_an_attached_optimizer_is_an_error():
         amss.step(outputs, y)
 
 
+def test_where_update_is_refused_for_an_optimizer_that_it_cannot_serve():
+    model = Model()
+    amss = AMSS(model.encoders, where="update")
+    with pytest.raises(ValueError, match="needs all managed parameters in it, 2 are not"):
+        amss.attach(torch.optim.SGD(model.audio.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="needs one move of parameters in a step, got LBFGS"):
+        amss.attach(torch.optim.LBFGS(model.parameters()))
+
+
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +258,20 @@ def test_attached_to_the_optimizer_observing_is_the_one_line():
         results.append(amss)
     assert results[0].rho == results[1].rho
     assert results[0].steps == results[1].steps == 4
+
+
+@pytest.mark.parametrize("where", ["grad", "update"])
+def test_attaching_twice_is_refused_until_the_first_is_removed(where):
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    amss = AMSS(model.encoders, where=where)
+    handle = amss.attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached already, and would mask twice"):
+        amss.attach(optimizer)
+    handle.remove()
+    amss.attach(optimizer).remove()
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got Model"):
+        amss.attach(model)
 
 
 def test_an_attached_optimizer_with_a_closure_is_refused_and_step_in_the_closure_works():
@@ -343,6 +368,11 @@ def test_a_state_of_something_else_is_refused():
     three = AMSS({**model.encoders, "head": model.head}, rho={**RHO, "head": 0.5})
     backward(model)
     three.step()
+    averaged = AMSS(model.encoders, rho=RHO, ema=0.5)
+    averaged.step()
+    wrong = averaged.state_dict() | {"energy": {1: torch.ones(1, **F64)}}
+    with pytest.raises(ValueError, match=r"energy of parameter 1 must be \[U\] = \[8\], got \[1\]"):
+        averaged.load_state_dict(wrong)
     with pytest.raises(ValueError, match="state is of 3 modalities, this has 2"):
         AMSS(model.encoders).load_state_dict(three.state_dict())
 
@@ -562,6 +592,23 @@ def test_a_concat_head_needs_labels_alone(slices):
     assert same(gradients(model), expected)
 
 
+def test_a_model_with_a_concat_head_is_copied_and_pickled_and_its_copy_does_not_disturb_it():
+    model = Model()
+    amss = AMSS.from_concat_head(model.encoders, model.head)
+    x, y = batch()
+    z = model.features(x)
+    copied = copy.deepcopy(model)
+    copied.features({name: value + 9 for name, value in x.items()})
+    pickle.loads(pickle.dumps(copied))
+    amss.observe(y=y)
+    expected = AMSS(model.encoders)
+    expected.observe(model.outputs(z), y)
+    for a in (amss, expected):
+        backward(model)
+        a.step()
+    assert list(amss.rho.values()) == pytest.approx(list(expected.rho.values()), rel=1e-6)
+
+
 def test_features_of_evaluation_are_not_taken():
     model = Model()
     amss = AMSS.from_concat_head(model.encoders, model.head)
@@ -632,6 +679,17 @@ E = MODEL.encoders
         (lambda: AMSS(E, unit="element", sampler="systematic"), "sampler 'systematic' is for units"),
         (lambda: AMSS(E, plus=True, unit="element", sampler="bottomk"), "sampler 'bottomk' is for units"),
         (lambda: AMSS(E, unit="element", ema=0.5), "ema is for units"),
+        (lambda: AMSS(E, bias=math.nan), "bias and offset must be finite, got nan and 0.5"),
+        (lambda: AMSS(E, seed=0.5), "seed must be a 64-bit integer, got 0.5"),
+        (
+            lambda: AMSS(E, unit={MODEL.audio[0].weight: "element"}),
+            r"parameter \[24, 10\] must be a UnitSpec, got 'element'",
+        ),
+        (lambda: AMSS({"a": MODEL.audio[0].weight}), "must be a module or parameters in a list, got one tensor"),
+        (
+            lambda: AMSS.from_concat_head(E, MODEL.head, {"audio": slice(0, 8), "video": slice(7, 13)}),
+            "slices must not share columns of the head",
+        ),
         (lambda: AMSS(E, rho={"audio": 0.5}), r"rho must have the keys \['audio', 'video'\]"),
         (lambda: AMSS(E, rho={"audio": 0.5, "video": 1.5}), "rho must be from 0 to 1, .* got 1.5 for 'video'"),
         (lambda: AMSS(E, plus=True, rho={"audio": 0.0, "video": 0.5}), r"with AMSS\+ above 0, got 0.0 for 'audio'"),

@@ -17,15 +17,19 @@ inline size_t count_specs(const char *op, const std::vector<int64_t> &specs) {
     return specs.size() / SPEC;
 }
 
-// The elements between the first and the last of a tensor or view, both counted; 0 of an empty one.
+// The elements between the first and the last of a tensor or view, both counted; 0 of an empty one. More than int64 can
+// say: its largest number.
 template <typename Sizes, typename Strides>
 int64_t reach(const Sizes &sizes, const Strides &strides, size_t dims) {
     int64_t last = 0;
+    bool overflows = false;
     for (size_t i = 0; i < dims; i++) {
         if (sizes[i] == 0) return 0;
-        last += (sizes[i] - 1) * strides[i];
+        int64_t steps;
+        overflows |= __builtin_mul_overflow(sizes[i] - 1, strides[i], &steps) || steps > INT64_MAX - 1 - last;
+        last = overflows ? 0 : last + steps;
     }
-    return last + 1;
+    return overflows ? INT64_MAX : last + 1;
 }
 
 // The slices of dimension 0 of a contiguous tensor.
@@ -49,8 +53,14 @@ inline int64_t see_spec(const char *op, size_t t, const Tensor &tensor, const in
     for (int axis = 0; axis < 4; axis++) of.size[axis] = spec[axis], of.stride[axis] = spec[4 + axis];
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     const int64_t offset = spec[8], viewed = reach(of.size, of.stride, 4);
-    STD_TORCH_CHECK(viewed == 0 || offset + viewed <= reach(sizes, strides, sizes.size()), op, ": specs[", t,
-                    "] must stay within its tensor ", shape_text(sizes), ", and reach ", offset + viewed, " elements");
+    const int64_t held = reach(sizes, strides, sizes.size());
+    STD_TORCH_CHECK(viewed == 0 || (viewed <= held && offset <= held - viewed), op, ": specs[", t,
+                    "] must stay within its tensor ", shape_text(sizes), ", got ", viewed, " elements from ", offset,
+                    " on");
+    int64_t units;
+    STD_TORCH_CHECK(!__builtin_mul_overflow(spec[0], spec[1], &units), op, ": specs[", t,
+                    "] must have less than 2^63 units, got ", spec[0], " groups of ", spec[1]);
+    if (viewed == 0) return 0;
     return offset * static_cast<int64_t>(tensor.element_size());
 }
 

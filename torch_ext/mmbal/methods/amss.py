@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -53,13 +54,15 @@ class AMSS:
     ----------
     encoders : {name: module or iterable of parameters}. Managed are the parameters with two dimensions or more that
         require a gradient; biases and norms are never masked. A parameter of two modalities is refused.
-    plus : False is AMSS, exactly k = ceil(rho N) of the N units of a parameter, which is biased; True is AMSS+, what is
+    plus : False is AMSS, exactly k = ceil(rho N) of the N units of a parameter (no more than have a gradient: of an
+        embedding only the rows that came up), which is biased; True is AMSS+, what is
         kept is divided by its probability to be kept, so that the masked gradient is the gradient on average. That
         makes a difference for optimizers that are linear in the gradient (SGD, momentum). **Adam divides it out
         again**: there AMSS+ is AMSS up to the scale of the second moment; see ``where``.
     tau : temperature of the softmax over the modalities; None: 1.25 for significance "rate", 0.2 for
         "rate_unnormalised", 0.5 for "mi".
-    seed : of the masks, with the step and the parameter's place; torch's generator is never used.
+    seed : of the masks, with the step and the parameter's place; torch's generator is never used. Give two AMSS
+        different ones, or they draw alike.
     significance : "rate", information about the labels per normalised entropy of the features; "rate_unnormalised",
         per nat (the authors' audio-video code); "mi", information alone (their image-text code); or a function
         (outputs, y) -> rates [M], for regression, detection and other tasks than classification.
@@ -70,7 +73,8 @@ class AMSS:
     importance : "gn", a unit's gradient energy; "sqrt_gn", its root (least variance for AMSS+); "gn_wn", energy over
         that of the weights.
     ema : 0 takes the energies of this step; otherwise the share of the past in their moving average.
-    lam : share of uniform sampling in AMSS+; what is kept is multiplied by 1 / (lam rho) at most.
+    lam : share of uniform sampling in AMSS+; what is kept is multiplied by max(1, 1 / (lam rho)) at most ("bottomk" has
+        no bound). In float16 that may overflow.
     sampler : None, the method's own: "bottomk" (AMSS; successive sampling), "systematic" (AMSS+ on units, where exactly
         floor or ceil of rho N are kept) or "independent" (AMSS+ on elements). For comparisons "topk" and "uniform".
     where : "grad", or "update": the optimizer's step of what is not kept is undone instead (and of AMSS+ that of what
@@ -86,13 +90,14 @@ class AMSS:
     In a training loop
     ------------------
     - Gradient accumulation: ``observe(outputs, y)`` for each micro-batch, ``step()`` once before the optimizer's.
-    - AMP: after ``scaler.unscale_(optimizer)`` (before it works too, but with ``ema``: masks do not depend on the
-      scale). Where any managed gradient is not finite every gradient stays as it is, so that the scaler skips the step;
-      ``skipped`` counts.
+    - AMP: after ``scaler.unscale_(optimizer)``. Before it works too, as masks do not depend on the scale, but not with
+      ``ema``, whose average would be of several scales. Where any managed gradient is not finite every gradient stays
+      as it is, so that the scaler skips the step; ``skipped`` counts.
     - Clipping: ``step`` before ``clip_grad_norm_`` as a rule: the norm is then that of what is applied, though clipping
       biases AMSS+. Clipping first is unbiased for the clipped gradient.
     - DDP: every rank observes its own batch; the statistics are summed, so that all draw the same masks. FSDP2: units
-      that are slices of the sharded dimension 0 are served, others refused; ``step`` is a collective call.
+      that are slices of the sharded dimension 0 are served, others refused; ``step`` is a collective call, and with
+      ``from_concat_head`` so is ``observe``.
       Make AMSS after ``fully_shard``, which replaces the parameters.
     - ``optimizer.step(closure)``: call ``step`` in the closure after ``backward``.
     - Gradients that are None are left alone; sparse ones too, with a warning.
@@ -134,7 +139,7 @@ class AMSS:
             raise ValueError("AMSS: sampler 'topk' has no unbiased form: give plus=False")
         if not 0 <= lam <= 1 or not 0 <= ema < 1:
             raise ValueError(f"AMSS: lam must be from 0 to 1 and ema from 0 to below 1, got {lam} and {ema}")
-        if not -(2**63) <= seed < 2**63:
+        if int(seed) != seed or not -(2**63) <= seed < 2**63:
             raise ValueError(f"AMSS: seed must be a 64-bit integer, got {seed}")
         self.modalities = list(encoders)
         self.plus, self.seed, self.importance, self.ema, self.lam = bool(plus), int(seed), importance, ema, lam
@@ -185,6 +190,8 @@ class AMSS:
             raise ValueError("AMSS: mask_head needs slices")
         amss = cls(encoders, **options)
         amss._head = concat
+        if mask_head and (not head.weight.requires_grad or any(m.parameter is head.weight for m in amss._managed)):
+            raise ValueError("AMSS: mask_head needs a head whose weight requires a gradient and is in no encoder")
         for modality, (first, width) in enumerate(concat.columns if mask_head else []):
             managed = Managed(head.weight, modality, UnitSpec.columns(first, width), len(amss._managed))
             amss._managed.append(managed)
@@ -217,7 +224,7 @@ class AMSS:
             raise RuntimeError("AMSS: where='update' needs attach(optimizer): the step is masked after it is taken")
         rho_M = self._ratios.next(rho)
         units, elements = self._units(), self._elements()
-        if self._managed and not units.managed and not elements.managed and not self._warned:
+        if not units.managed and not elements.managed and not self._warned:
             self._warned = True
             warnings.warn("AMSS: no managed parameter has a gradient: were they replaced since?", stacklevel=3)
         scale, skip = self._draw(units, rho_M)
@@ -313,7 +320,21 @@ class AMSS:
         """Calls ``step()`` before every step of this optimizer, so that ``observe`` is the one line in the loop;
         returns a handle with ``remove()``. step=False: only what where="update" needs, for loops in which a closure or
         a framework calls ``step`` after ``backward``. A step that a GradScaler skips does not come here: what was
-        observed for it counts in the next, and ``skipped`` does not."""
+        observed for it counts in the next, and ``skipped`` does not.
+
+        To one optimizer at a time, where there are several the one that steps first: ``step`` masks what all of them
+        take. where="update" needs all managed parameters in one, which moves them once in a step (not LBFGS)."""
+        if self._attached:
+            raise RuntimeError("AMSS: it is attached already, and would mask twice: call remove() of that handle first")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"AMSS: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if self.where == "update":
+            moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            left = sum(id(m.parameter) not in moved for m in self._managed)
+            if left:
+                raise ValueError(f"AMSS: where='update' needs all managed parameters in it, {left} are not")
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("AMSS: where='update' needs one move of parameters in a step, got LBFGS")
 
         def before(_, args, kwargs) -> None:
             if any(given is not None and given is not optimizer for given in (*args, kwargs.get("closure"))):
@@ -346,8 +367,9 @@ class AMSS:
 
     @property
     def last_stats(self) -> dict:
-        """Of the last step with statistics: "rate" and "rho" {name: number}, and where they come from labels also
-        "cross_entropy" (nats), "feature_entropy" (of its largest value) {name: number}, "label_entropy" and "rows"."""
+        """Of the last step "rho" {name: ratio}; of the last one with statistics "rate" {name: number}, and where they
+        come from labels also "cross_entropy" (nats), "feature_entropy" (of its largest value) {name: number},
+        "label_entropy" and "rows"."""
         return self._ratios.stats()
 
     def state_dict(self) -> dict:
@@ -364,7 +386,15 @@ class AMSS:
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"AMSS: state must have {sorted(expected)}, got {sorted(state)}")
+        for id, energy in state["energy"].items():
+            m = self._managed[int(id)] if int(id) < len(self._managed) else None
+            units = None if m is None else math.prod(m.spec.units(m.parameter.shape))
+            if energy.shape != (units,):
+                raise ValueError(
+                    f"AMSS: state's energy of parameter {id} must be [U] = [{units}], got {list(energy.shape)}"
+                )
         self._ratios.load_state_dict(state)
+        self._undone = None
         self.seed, self._steps = int(state["seed"]), int(state["step"])
         self._skipped = state["skipped"].clone()
         self._energy = {int(id): energy.clone() for id, energy in state["energy"].items()}

@@ -67,7 +67,12 @@ def collect(
     own = {} if isinstance(unit, str) else dict(unit)
     default = UnitSpec.elements() if unit == "element" else SLICES
     names, owner, managed = list(encoders), {}, []
+    for parameter, spec in own.items():
+        if not isinstance(spec, UnitSpec):
+            raise ValueError(f"AMSS: unit of a parameter {list(parameter.shape)} must be a UnitSpec, got {spec!r}")
     for modality, (name, given) in enumerate(encoders.items()):
+        if isinstance(given, Tensor):  # iterating over it would give its rows
+            raise ValueError(f"AMSS: encoders[{name!r}] must be a module or parameters in a list, got one tensor")
         for parameter in given.parameters() if isinstance(given, nn.Module) else given:
             if not isinstance(parameter, Tensor):
                 raise ValueError(f"AMSS: encoders[{name!r}] must have parameters, got {type(parameter).__name__}")
@@ -96,7 +101,7 @@ def like(layout: Tensor, tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if tensor.stride() == layout.stride() and tensor.dtype == layout.dtype:
         return tensor
-    return torch.empty_like(layout).copy_(tensor)
+    return layout.new_empty_strided(layout.shape, layout.stride()).copy_(tensor)
 
 
 class Gradients:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,8 @@ class Ratios:
         choose("guard", guard, ("clamp", "official"))
         if not 0 < tau < math.inf:
             raise ValueError(f"AMSS: tau must be finite and greater than 0, got {tau}")
+        if not math.isfinite(bias) or not (offset is None or math.isfinite(offset)):
+            raise ValueError(f"AMSS: bias and offset must be finite, got {bias} and {offset}")
         if not 0 <= lo <= hi <= 1 or (plus and lo == 0):
             raise ValueError(f"AMSS: 0 <= lo <= hi <= 1, with AMSS+ 0 < lo, must hold, got {lo} and {hi}")
         self.modalities, self.plus, self.significance, self.tau, self.offset = (
@@ -169,6 +173,7 @@ class Ratios:
         if rho is not None and rho.shape != (len(self.modalities),):
             raise ValueError(f"AMSS: state is of {rho.shape[0]} modalities, this has {len(self.modalities)}")
         self.rho = None if rho is None else rho.clone()
+        self.rate = self.last = None
         self.seen = None if state["observed"] is None else [t.clone() for t in state["observed"]]
         self.dims = list(state["dims"])
 
@@ -186,7 +191,7 @@ class ConcatHead:
         self.columns = None if slices is None else self._columns(slices)
         self._features: dict[str, Tensor] = {}
         for name, encoder in encoders.items():
-            encoder.register_forward_hook(self._keeper(name))
+            encoder.register_forward_hook(partial(self._keep, name))  # copied and pickled with the encoder
 
     def _columns(self, slices: Mapping[str, slice] | Sequence[slice]) -> list[tuple[int, int]]:
         """First column and number of columns of each modality."""
@@ -196,14 +201,17 @@ class ConcatHead:
             if step != 1 or end <= first:
                 raise ValueError(f"AMSS: slices[{name!r}] must be columns side by side, got {columns}")
             found.append((first, end - first))
+        ordered = sorted(found)
+        if any(a + width > b for (a, width), (b, _) in pairwise(ordered)):
+            raise ValueError(f"AMSS: slices must not share columns of the head, got {slices}")
         return found
 
-    def _keeper(self, name: str):
-        def keep(module, inputs, output) -> None:
-            if module.training:
-                self._features[name] = output.detach() if isinstance(output, Tensor) else output
+    def _keep(self, name: str, module, inputs, output) -> None:
+        if module.training:
+            self._features[name] = output.detach() if isinstance(output, Tensor) else output
 
-        return keep
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_features": {}}
 
     def outputs(self) -> Outputs:
         """Of the last forward pass in training mode, once."""

@@ -34,7 +34,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Shard | None]:
     axis, placement = cuts[0]
     if len(cuts) > 1 or type(placement) is not SlicesOf or placement.dim != 0:
         raise NotImplementedError(
-            f"sharded gradients are served where dimension 0 is cut once, as by fully_shard, got {tensor.placements}"
+            f"AMSS: sharded gradients are served where dimension 0 is cut once, as by fully_shard, got {tensor.placements}"
         )
     mesh, total = tensor.device_mesh, tensor.shape[0]
     share = -(-total // mesh.size(axis))  # as torch.chunk cuts
@@ -53,7 +53,9 @@ def gather_energy(energy_U: Tensor, nonfinite: Tensor, parts: list[tuple[int, Sh
     parameter in order. Every unit belongs to one process, so that the sum is exact."""
     group = next(shard.group for _, shard in parts if shard is not None)
     if any(shard is not None and shard.group != group for _, shard in parts):
-        raise NotImplementedError("gradients sharded over different groups of processes in one step are not served")
+        raise NotImplementedError(
+            "AMSS: gradients sharded over different groups of processes in one step are not served"
+        )
     whole = sum(units if shard is None else shard.total for units, shard in parts)
     sums = energy_U.new_zeros(whole + 1)
     sums[-1] = nonfinite

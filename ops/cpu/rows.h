@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "arena.h"
+#include "mmbal/attribution.h"
 #include "mmbal/btw.h"
 #include "mmbal/dtype.h"
 #include "mmbal/elements.h"
@@ -102,6 +103,29 @@ typedef struct {
     double *result; /* [B] */
 } labelled_rows;
 
+/* Samples of mmbal/attribution.h; outputs and what is upstream as there, dshares and dmagnitudes may be NULL: 0. */
+typedef struct {
+    const mmbal_attribution *attribution;
+    const void *dreg, *dshares, *dmagnitudes;
+    void *reg, *shares, *magnitudes; /* magnitudes: read by the backward ones */
+    void *ddreg, *ddshares, *ddmagnitudes;
+} attributed_rows;
+
+mmbal_status mmbal_check_attribution(const mmbal_attribution *attribution);
+
+/* Of a linear head, for all samples: see attribution_linear.c. */
+typedef struct {
+    const mmbal_attribution *attribution;
+    const mmbal_linear_head *head;
+    void *coefficients, *zeta; /* [B, C] real */
+    void *const *gradients;    /* [M] pointers to [B, d] real: g, then v */
+    void *const *embeddings;   /* [M] pointers to [B, d] real */
+    void *const *dweights;     /* [M] pointers to [C, d] */
+    int64_t m;                 /* of linear_weights and linear_gradients */
+} linear_rows;
+
+enum { LINEAR_TILE = 512, LINEAR_ROWS = 4 }; /* elements of a row, and rows, that a task holds sums of */
+
 /* A part of a tensor of units.h: `units` of one group, and of each the rows first_row .. end_row. Row r is the part
  * r mod parts, of ROW_PART elements at most, of outer index r / parts. */
 typedef struct {
@@ -130,6 +154,8 @@ enum { ELEMENTS_PER_TILE = 256 };
 /* By mmbal_dtype. Indices are rows, for weights_backward chunks. */
 typedef struct mmbal_row_tasks {
     mmbal_task *cross_entropy[4], *softmax_entropy[4];
+    mmbal_task *attribution[4], *attribution_backward[4], *attribution_second[4];
+    mmbal_task *linear_scores[4], *linear_gradients[4], *linear_zeta[4], *linear_weights[4];
     /* sums[units] of the squares of a block, and the product of a block with scale[units] */
     void (*squares[4])(const unit_block *block, double *sums);
     void (*multiply[4])(const unit_block *block, const double *scale);

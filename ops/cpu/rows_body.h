@@ -2,6 +2,7 @@
  *
  * A tile of rows [r, M] is turned on the way in and out, so that each modality is a column of its own and every loop
  * over r is one of vectors, however few modalities there are. */
+#include "attribution_sample.h"
 #include "element_draws.h"
 #include "elementary.h"
 #include "masks.h"
@@ -28,6 +29,12 @@ typedef int64_t lane_integer_f64;
 #define BODY "significance_body.h"
 #include "each_dtype.h"
 #undef BODY
+#define BODY "attribution_body.h"
+#include "each_dtype.h"
+#undef BODY
+#define BODY "attribution_linear_body.h"
+#include "each_dtype.h"
+#undef BODY
 #define BODY "units_body.h"
 #include "each_dtype.h"
 #undef BODY
@@ -46,6 +53,13 @@ const mmbal_row_tasks ROW_TASKS = {.normal_kl = FOR_EACH_DTYPE(normal_kl_task),
                                    .scale_dweights = FOR_EACH_DTYPE(scale_dweights_task),
                                    .cross_entropy = FOR_EACH_DTYPE(cross_entropy_task),
                                    .softmax_entropy = FOR_EACH_DTYPE(softmax_entropy_task),
+                                   .attribution = FOR_EACH_DTYPE(attribution_task),
+                                   .attribution_backward = FOR_EACH_DTYPE(attribution_backward_task),
+                                   .attribution_second = FOR_EACH_DTYPE(attribution_second_task),
+                                   .linear_scores = FOR_EACH_DTYPE(linear_scores_task),
+                                   .linear_gradients = FOR_EACH_DTYPE(linear_gradients_task),
+                                   .linear_zeta = FOR_EACH_DTYPE(linear_zeta_task),
+                                   .linear_weights = FOR_EACH_DTYPE(linear_weights_task),
                                    .squares = FOR_EACH_DTYPE(squares),
                                    .multiply = FOR_EACH_DTYPE(multiply),
                                    .element_weights = FOR_EACH_DTYPE(element_weights),

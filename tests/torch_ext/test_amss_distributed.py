@@ -352,7 +352,7 @@ def test_rows_of_a_distributed_tensor_are_masked_as_those_of_a_whole_one_and_col
     for rank in two_processes:
         rows, columns = rank["cut"]
         assert_same(rows, parameter.grad)
-        assert "dimension 0 is cut once, as by fully_shard" in columns
+        assert "must be cut once, in dimension 0, as fully_shard does" in columns
 
 
 def test_amss_of_parameters_that_fully_shard_replaced_warns_once(two_processes):

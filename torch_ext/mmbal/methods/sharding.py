@@ -34,7 +34,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Shard | None]:
     axis, placement = cuts[0]
     if len(cuts) > 1 or type(placement) is not SlicesOf or placement.dim != 0:
         raise NotImplementedError(
-            f"AMSS: sharded gradients are served where dimension 0 is cut once, as by fully_shard, got {tensor.placements}"
+            f"AMSS: sharded gradients must be cut once, in dimension 0, as fully_shard does, got {tensor.placements}"
         )
     mesh, total = tensor.device_mesh, tensor.shape[0]
     share = -(-total // mesh.size(axis))  # as torch.chunk cuts

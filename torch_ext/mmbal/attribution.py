@@ -1,0 +1,98 @@
+"""Fake kernels and both derivatives of attribution_reg; the formulas are in include/mmbal/attribution.h.
+
+Letters: B samples, M modalities, C classes.
+"""
+
+import torch
+from torch.library import register_autocast, register_autograd, register_fake
+
+from mmbal._library import check_devices, ops, refuse_double_backward
+from mmbal.routing import real_dtype
+
+
+def _check(op, embeddings, **others):
+    for m, e in enumerate(embeddings):
+        check_devices(op, **{f"embeddings[{m}]": e}, **others)
+
+
+def _outputs(embeddings):
+    first = embeddings[0]
+    B, M, real = first.shape[0], len(embeddings), real_dtype(first.dtype)
+    return tuple(first.new_empty(sizes, dtype=real) for sizes in ((B,), (B, M), (B, M)))
+
+
+def _like(embeddings):
+    return [e.new_empty(e.shape) for e in embeddings]
+
+
+@register_fake("mmbal::attribution_reg")
+def _(grads, embeddings, target_shares, present_BM=None, pool="l2", penalty="l1", eps=1e-12):
+    _check("attribution_reg", embeddings, target_shares=target_shares, present=present_BM)
+    return _outputs(embeddings)
+
+
+@register_fake("mmbal::attribution_reg_backward")
+def _(dreg_B, dshares_BM, dmagnitudes_BM, grads, embeddings, target_shares, present_BM, magnitudes_BM, *options):
+    return _like(embeddings), _like(embeddings)
+
+
+@register_fake("mmbal::attribution_reg_backward_backward")
+def _(ddgrads, ddembeddings, dreg_B, dshares_BM, dmagnitudes_BM, grads, embeddings, *rest):
+    return *_outputs(embeddings), _like(embeddings), _like(embeddings)
+
+
+@register_fake("mmbal::attribution_linear")
+def _(embeddings, weights, logits_BC, target_shares, dreg_B, present_BM=None, classes_B=None, *options, **named):
+    _check("attribution_linear", embeddings, target_shares=target_shares, present=present_BM, classes=classes_B)
+    return *_outputs(embeddings), _like(weights), logits_BC.new_empty(logits_BC.shape[1])
+
+
+def _save(ctx, inputs, output):
+    grads, embeddings, target_shares, present_BM, *ctx.options = inputs
+    ctx.modalities = len(grads)
+    ctx.save_for_backward(*grads, *embeddings, target_shares, present_BM, output[2])
+
+
+def _saved(ctx):
+    M, tensors = ctx.modalities, ctx.saved_tensors
+    return list(tensors[:M]), list(tensors[M : 2 * M]), *tensors[2 * M :]
+
+
+def _backward(ctx, dreg_B, dshares_BM, dmagnitudes_BM):
+    grads, embeddings, target_shares, present_BM, magnitudes_BM = _saved(ctx)
+    upstream = [
+        torch.zeros_like(magnitudes_BM[:, 0] if like_reg else magnitudes_BM) if t is None else t
+        for t, like_reg in ((dreg_B, True), (dshares_BM, False), (dmagnitudes_BM, False))
+    ]
+    dgrads, dembeddings = ops.attribution_reg_backward(
+        *upstream, grads, embeddings, target_shares, present_BM, magnitudes_BM, *ctx.options
+    )
+    return dgrads, dembeddings, *([None] * (len(ctx.needs_input_grad) - 2))  # defaults are not among the inputs
+
+
+def _save_backward(ctx, inputs, output):
+    *upstream, grads, embeddings, target_shares, present_BM, magnitudes_BM = inputs[:8]
+    ctx.options = inputs[8:]
+    ctx.modalities = len(grads)
+    ctx.save_for_backward(*upstream, *grads, *embeddings, target_shares, present_BM, magnitudes_BM)
+
+
+def _backward_backward(ctx, ddgrads, ddembeddings):
+    M, tensors = ctx.modalities, ctx.saved_tensors
+    upstream, grads, embeddings = tensors[:3], list(tensors[3 : 3 + M]), list(tensors[3 + M : 3 + 2 * M])
+    target_shares, present_BM, magnitudes_BM = tensors[3 + 2 * M :]
+    ddgrads, ddembeddings = (
+        [torch.zeros_like(e) if t is None else t for t, e in zip(given, embeddings, strict=True)]
+        for given in (ddgrads, ddembeddings)
+    )
+    *to_upstream, to_grads, to_embeddings = ops.attribution_reg_backward_backward(
+        ddgrads, ddembeddings, *upstream, grads, embeddings, target_shares, present_BM, magnitudes_BM, *ctx.options
+    )
+    # The magnitudes are a function of grads and embeddings, whose derivatives hold what goes through them.
+    return *to_upstream, to_grads, to_embeddings, *([None] * (len(ctx.needs_input_grad) - 5))
+
+
+register_autograd("mmbal::attribution_reg", _backward, setup_context=_save)
+register_autograd("mmbal::attribution_reg_backward", _backward_backward, setup_context=_save_backward)
+refuse_double_backward("attribution_reg_backward_backward")
+register_autocast("mmbal::attribution_reg", "cpu", torch.float32)

@@ -336,7 +336,7 @@ class AttributionRegularizer:
                 e,
                 weights,
                 logits.detach(),
-                asked.target,
+                asked.q,
                 dreg_B,
                 asked.present,
                 routes.decided(logits, target),

@@ -79,7 +79,8 @@ def inputs(each: Sequence[Tensor], baselines, masks: Sequence[Tensor | None], po
         if mask is not None:
             weight = mask.to(delta.dtype)
             if pool == "rms":
-                weight = weight * (mask.shape[1] / mask.sum(1, keepdim=True).clamp_min(1)).sqrt().to(delta.dtype)
+                real = mask.sum(1, keepdim=True, dtype=torch.float64).clamp_min(1)
+                weight = weight * (mask.shape[1] / real).sqrt().to(delta.dtype)
             delta = delta * weight.view(*mask.shape, *[1] * (e.dim() - 2))
         found.append(delta)
     return found

@@ -78,7 +78,8 @@ class AttributionRegularizer:
         samples: then a gradient is not of one sample alone).
     parameters : the head's. None: those of ``head`` where it is a module, or the tap's ``head_parameters()``.
     mode : how the gradient gets to the head. "double": backward of the backward; any head of operators that have one.
-        "forward": reverse over forward; needs ``head``, and forward AD of all its operators. "difference": a central
+        "forward": reverse over forward; needs ``head``, and forward AD of all its
+        operators (softmax and SiLU have none in torch 2.13). "difference": a central
         difference and no second derivatives; needs ``head``, smooth (GELU, tanh; one with ReLU or max pooling is
         refused, as far as that can be found out: in a function of your own it cannot), and is right to about 1e-4.
         "closed": exact in one operator, for [B, D] embeddings and an nn.Linear as ``head`` or an nn.ModuleDict of them.
@@ -379,6 +380,8 @@ class AttributionRegularizer:
                     f"AttributionRegularizer: logits must be [B, C] with B = {e[0].shape[0]}, got {list(first.shape)}"
                 )
             g.append(routes.gradients_for(s, point, double, keep=own_graph))
+            if double and not self._checked:
+                routes.check_differentiable(g[-1], point)
         self._checked = True
         g = [sum(of_points) / len(points) if len(points) > 1 else of_points[0] for of_points in zip(*g, strict=True)]
         delta = values.inputs(e, baselines, masks, self.pool)

@@ -28,6 +28,9 @@ KINKS += ("Amin", "AdaptiveMax", "FractionalMax", "Sort", "Topk")
 KINK_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid)
 KINK_MODULES += (nn.Threshold, nn.Hardshrink, nn.Softshrink, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 FUSED_ATTENTION = tuple(f"ScaledDotProduct{kind}" for kind in ("Flash", "Efficient", "Cudnn", "Fused"))
+NO_SECOND = (
+    "the head has no second derivative: take mode='difference' if it is smooth, or 'forward' if it has forward AD"
+)
 
 
 def decided(logits: Tensor, target: Tensor | None = None) -> Tensor:
@@ -170,6 +173,15 @@ def check_second_order(logits: Tensor, embeddings: Sequence[Tensor]) -> None:
             )
 
 
+def check_differentiable(gradients: Sequence[Tensor], embeddings: Sequence[Tensor]) -> None:
+    """torch.autograd.grad would pass by the nodes that stand for a missing derivative, and be wrong."""
+    ends = {get_gradient_edge(e).node for e in embeddings}
+    for g in gradients:
+        for node in nodes(g, ends):
+            if type(node).__name__ == "Error" or "NotImplemented" in type(node).__name__:
+                raise RuntimeError(f"AttributionRegularizer: {NO_SECOND}")
+
+
 def check_smooth(logits: Tensor, embeddings: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
     """As far as it can be found out: a function written by hand may hide a kink."""
     found = [type(m).__name__ for m in modules if isinstance(m, KINK_MODULES)]
@@ -203,8 +215,10 @@ def gradients_for(score: Tensor, embeddings: Sequence[Tensor], graph: bool, keep
     """g of each modality, zeros where the score does not depend on one. keep: the graph behind is needed again."""
     if not score.requires_grad:
         return [torch.zeros_like(e) for e in embeddings]
+    # A once_differentiable function says so only where what is upstream needs a gradient, and is wrong otherwise.
+    ones = torch.ones_like(score, requires_grad=graph)
     found = torch.autograd.grad(
-        score.sum(), embeddings, create_graph=graph, retain_graph=graph or keep, allow_unused=True
+        score, embeddings, ones, create_graph=graph, retain_graph=graph or keep, allow_unused=True
     )
     return [torch.zeros_like(e) if g is None else g for g, e in zip(found, embeddings, strict=True)]
 
@@ -228,10 +242,7 @@ def double(g: Sequence[Tensor], v: Sequence[Tensor], parameters, keep: bool) -> 
         found = _for_parameters(g, parameters, [(x / scale).to(y.dtype) for x, y in zip(v, g, strict=True)], keep)
         return found if scale == 1 else [None if x is None else x * scale for x in found]
     except RuntimeError as error:
-        raise RuntimeError(
-            f"AttributionRegularizer: the head has no second derivative ({error}): take mode='difference' if it is "
-            "smooth, or 'forward' if its operators have forward AD"
-        ) from error
+        raise RuntimeError(f"AttributionRegularizer: {NO_SECOND} ({error})") from error
 
 
 def forward(run: Run, points, v: Sequence[Tensor], classes: Tensor, score: str, parameters) -> Gradients:

@@ -21,6 +21,7 @@ class EmbeddingTap:
     Parameters
     ----------
     model : the module whose ``forward`` is called in training. Under DDP or torch.compile tap the model inside.
+        Encoders that are called by themselves are tapped too, in their last run.
     encoders : {modality: name of a submodule, as in ``model.named_modules()``, or the submodule}. Each must run once in
         a forward pass.
     select : {modality: function of the submodule's output that gives the tensor}, where the output is no tensor.
@@ -50,7 +51,11 @@ class EmbeddingTap:
             raise ValueError("EmbeddingTap: encoders must be different modules, got one for two modalities")
         self._parameters = None if parameters is None else list(parameters)
         self._found: dict[str, Tensor] = {}
-        self._handles = [model.register_forward_pre_hook(self._begin)]
+        self._running = False
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
         for name, module in self.encoders.items():
             self._handles.append(module.register_forward_hook(self._keeper(name)))
 
@@ -69,13 +74,17 @@ class EmbeddingTap:
 
     def _begin(self, module, inputs) -> None:
         if torch._C._current_graph_task_id() == -1:  # not when checkpointing runs a part again in the backward
-            self._found = {}
+            self._found, self._running = {}, True
+
+    def _end(self, module, inputs, output) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            self._running = False
 
     def _keeper(self, name: str):
         def keep(module, inputs, output):
             if torch._C._current_graph_task_id() != -1:
                 return None
-            if name in self._found:
+            if self._running and name in self._found:
                 raise RuntimeError(f"EmbeddingTap: encoder {name!r} ran twice in one forward pass: tap one around it")
             chosen = self._select[name](output) if name in self._select else output
             if not isinstance(chosen, Tensor):

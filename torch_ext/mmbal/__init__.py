@@ -20,7 +20,10 @@ from mmbal import (  # noqa: F401  (the operators register themselves)
 from mmbal._core import version as __version__
 from mmbal.checkpoint import load_clip_moe, save_clip_moe
 from mmbal.methods.amss import AMSS
+from mmbal.methods.attribution import AttributionInfo, AttributionRegularizer
+from mmbal.methods.attribution_monitor import AttributionMonitor, attribution_shares
 from mmbal.methods.btw import BTW
+from mmbal.methods.embedding_tap import EmbeddingTap
 from mmbal.methods.unit_spec import UnitSpec
 from mmbal.moe import (
     Experts,
@@ -37,12 +40,17 @@ from mmbal.upcycling import upcycle
 __all__ = [
     "AMSS",
     "BTW",
+    "AttributionInfo",
+    "AttributionMonitor",
+    "AttributionRegularizer",
+    "EmbeddingTap",
     "Experts",
     "MoEMLP",
     "RouterLosses",
     "RouterRecord",
     "UnitSpec",
     "__version__",
+    "attribution_shares",
     "collect_router",
     "freeze_except_router",
     "integrations",

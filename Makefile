@@ -66,6 +66,7 @@ bench: $(INSTALLED) bench-phases ## benchmarks against peers, a chosen subset in
 	$(VENV)/bin/python tests/bench/run.py $(ARGS)
 	$(VENV)/bin/python tests/bench/btw.py
 	$(VENV)/bin/python tests/bench/amss.py
+	$(VENV)/bin/python tests/bench/attribution.py
 
 .PHONY: bench-btw
 bench-btw: $(INSTALLED) ## the part of bench about weights of modalities
@@ -74,6 +75,10 @@ bench-btw: $(INSTALLED) ## the part of bench about weights of modalities
 .PHONY: bench-amss
 bench-amss: $(INSTALLED) ## the part of bench about masked subnetworks
 	$(VENV)/bin/python tests/bench/amss.py $(ARGS)
+
+.PHONY: bench-attribution
+bench-attribution: $(INSTALLED) ## the part of bench about attribution regularisation
+	$(VENV)/bin/python tests/bench/attribution.py $(ARGS)
 
 .PHONY: bench-full
 bench-full: $(INSTALLED) ## benchmarks of every shape, hours; goes on where it was stopped

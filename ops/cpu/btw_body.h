@@ -144,25 +144,55 @@ IN_VECTORS int64_t NAME(weigh_vectors)(const STORED *restrict kl, const NAME(wei
     return i / M;
 }
 
-/* Rows of three: three vectors hold LANES whole rows, so that none straddles a cache line and a division serves all. */
-IN_VECTORS int64_t NAME(weigh_threes)(const STORED *restrict kl, const NAME(weight_terms) * terms, int mean_one,
-                                      int64_t rows, REAL *restrict weights) {
-    enum { LANES = NAME(LANES), M = 3 };
+/* LANES whole rows of three at a time, or of six as three pairs: M vectors hold them, so that none straddles a cache
+ * line and one division serves all. */
+enum { NAME(MOST_BLOCK) = 6 };
+
+/* From `three` vectors with three numbers of each of LANES rows: the sum of each row. */
+IN_VECTORS NAME(lanes) NAME(sums_of_threes)(const NAME(lanes) * three, const NAME(lane_integers) * of_two,
+                                            const NAME(lane_integers) * of_third) {
+    NAME(lanes) term[3];
+#pragma GCC unroll 3
+    for (int m = 0; m < 3; m++)
+        term[m] = __builtin_shuffle(__builtin_shuffle(three[0], three[1], of_two[m]), three[2], of_third[m]);
+    return (term[0] + term[1]) + term[2];
+}
+
+/* The sums of the LANES rows of M in as many vectors, by pairs where M is six. */
+IN_VECTORS NAME(lanes)
+    NAME(sums_of_block)(const NAME(lanes) * terms, int M, const NAME(lane_integers) * of_two,
+                        const NAME(lane_integers) * of_third, NAME(lane_integers) neighbour, NAME(lane_integers) even) {
+    NAME(lanes) three[3];
+    if (M == 3) return NAME(sums_of_threes)(terms, of_two, of_third);
+#pragma GCC unroll 3
+    for (int v = 0; v < 3; v++) {
+        const NAME(lanes) first = terms[2 * v] + __builtin_shuffle(terms[2 * v], neighbour);
+        const NAME(lanes) second = terms[2 * v + 1] + __builtin_shuffle(terms[2 * v + 1], neighbour);
+        three[v] = __builtin_shuffle(first, second, even);
+    }
+    return NAME(sums_of_threes)(three, of_two, of_third);
+}
+
+IN_VECTORS int64_t NAME(weigh_blocks)(const STORED *restrict kl, const NAME(weight_terms) * terms, int mean_one,
+                                      int64_t rows, int M, REAL *restrict weights) {
+    enum { LANES = NAME(LANES) };
     const REAL floor = terms->floor, ceiling = terms->ceiling;
-    REAL modality[M][LANES];
-    /* Term m of row r lies in vector (3 r + m) / LANES: from the first two vectors, then with the third. */
-    NAME(lane_integers) of_two[M], of_third[M], row[M];
-    for (int i = 0; i < LANES; i++)
-        for (int m = 0; m < M; m++) {
-            const int at = M * i + m;
-            modality[m][i] = terms->modality[(LANES * m + i) % M];
+    REAL modality[NAME(MOST_BLOCK)][LANES];
+    /* Number m of three of row r lies in vector (3 r + m) / LANES: from the first two vectors, then with the third. */
+    NAME(lane_integers) of_two[3], of_third[3], row[NAME(MOST_BLOCK)], neighbour, even;
+    for (int i = 0; i < LANES; i++) {
+        neighbour[i] = i ^ 1, even[i] = 2 * i;
+        for (int m = 0; m < 3; m++) {
+            const int at = 3 * i + m;
             of_two[m][i] = at < 2 * LANES ? at : 0, of_third[m][i] = at < 2 * LANES ? i : at - LANES;
-            row[m][i] = (LANES * m + i) / M;
         }
+        for (int v = 0; v < M; v++)
+            modality[v][i] = terms->modality[(LANES * v + i) % M], row[v][i] = (LANES * v + i) / M;
+    }
     int64_t n = 0;
     for (; n + LANES <= rows; n += LANES) {
-        NAME(lanes) share[M], one[M], term[M], counted[M];
-#pragma GCC unroll 3
+        NAME(lanes) share[NAME(MOST_BLOCK)], one[NAME(MOST_BLOCK)];
+#pragma GCC unroll 6
         for (int v = 0; v < M; v++) {
             REAL shares[LANES], ones[LANES];
             for (int lane = 0; lane < LANES; lane++) {
@@ -172,16 +202,12 @@ IN_VECTORS int64_t NAME(weigh_threes)(const STORED *restrict kl, const NAME(weig
             }
             memcpy(&share[v], shares, sizeof shares), memcpy(&one[v], ones, sizeof ones);
         }
-#pragma GCC unroll 3
-        for (int m = 0; m < M; m++) {
-            term[m] = __builtin_shuffle(__builtin_shuffle(share[0], share[1], of_two[m]), share[2], of_third[m]);
-            counted[m] = __builtin_shuffle(__builtin_shuffle(one[0], one[1], of_two[m]), one[2], of_third[m]);
-        }
-        const NAME(lanes) total = (term[0] + term[1]) + term[2], count = counted[0] + counted[1] + counted[2];
-        const NAME(lanes) inverse = NAME(where)(total > 0, 1 / total);
-#pragma GCC unroll 3
+        const NAME(lanes) total = NAME(sums_of_block)(share, M, of_two, of_third, neighbour, even);
+        NAME(lanes) factor = NAME(where)(total > 0, 1 / total), count = {0};
+        if (mean_one) count = NAME(sums_of_block)(one, M, of_two, of_third, neighbour, even);
+#pragma GCC unroll 6
         for (int v = 0; v < M; v++) {
-            NAME(lanes) weight = share[v] * __builtin_shuffle(inverse, row[v]);
+            NAME(lanes) weight = share[v] * __builtin_shuffle(factor, row[v]);
             if (mean_one) weight *= __builtin_shuffle(count, row[v]);
             memcpy(weights + n * M + v * LANES, &weight, sizeof weight);
         }
@@ -202,7 +228,9 @@ static mmbal_status NAME(weights_task)(void *context, int worker, int64_t begin,
         int64_t done = 0;
 #define WEIGH(M) done = NAME(weigh_vectors)(kl, &terms, t->options->mean_one, end - begin, M, weights)
         if (M == 3)
-            done = NAME(weigh_threes)(kl, &terms, t->options->mean_one, end - begin, weights);
+            done = NAME(weigh_blocks)(kl, &terms, t->options->mean_one, end - begin, 3, weights);
+        else if (M == 6)
+            done = NAME(weigh_blocks)(kl, &terms, t->options->mean_one, end - begin, 6, weights);
         else
             FOR_USUAL_WIDTHS(M, WEIGH)
 #undef WEIGH

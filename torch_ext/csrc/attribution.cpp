@@ -45,15 +45,15 @@ struct AttributionInputs {
             if (!grads.empty()) {
                 const std::vector<int64_t> sizes(e.sizes().begin(), e.sizes().end());
                 check_like(op, of_gradient.c_str(), grads[m], "as its embedding", sizes, e);
-                grads[m] = torch::stable::contiguous(grads[m]);
+                grads[m] = in_one_piece(grads[m]);
             }
-            embeddings[m] = torch::stable::contiguous(e);
+            embeddings[m] = in_one_piece(e);
         }
         const bool each = target.dim() == 2;
         check_shape(op, "target_shares", target, each ? "[B, M]" : "[M]",
                     each ? std::vector<int64_t>{B, M} : std::vector<int64_t>{M});
         storage_dtype(op, "target_shares", target);
-        target = torch::stable::contiguous(torch::stable::to(target, ScalarType::Double));
+        target = in_one_piece(torch::stable::to(target, ScalarType::Double));
         present = check_present(op, present, B, M);
         STD_TORCH_CHECK(pool == "l2" || pool == "rms", op, ": pool must be l2 or rms, got ", pool);
         STD_TORCH_CHECK(penalty == "l1" || penalty == "squared" || penalty == "huber", op,
@@ -84,7 +84,7 @@ struct AttributionInputs {
     Tensor real_input(const char *name, const Tensor &t, const char *letters, std::vector<int64_t> sizes) const {
         check_shape(op, name, t, letters, sizes);
         check_dtype(op, name, t, real_type(attribution.dtype));
-        return torch::stable::contiguous(t);
+        return in_one_piece(t);
     }
 
     // New tensors like the embeddings, one for each.
@@ -170,8 +170,7 @@ attribution_reg_backward_backward(Tensors ddgrads, Tensors ddembeddings, Tensor 
         const std::vector<int64_t> sizes(in.embeddings[m].sizes().begin(), in.embeddings[m].sizes().end());
         check_like(in.op, "ddgrads", ddgrads[m], "as its embedding", sizes, in.embeddings[m]);
         check_like(in.op, "ddembeddings", ddembeddings[m], "as its embedding", sizes, in.embeddings[m]);
-        ddgrads[m] = torch::stable::contiguous(ddgrads[m]),
-        ddembeddings[m] = torch::stable::contiguous(ddembeddings[m]);
+        ddgrads[m] = in_one_piece(ddgrads[m]), ddembeddings[m] = in_one_piece(ddembeddings[m]);
         mmbal_attributed &of = in.modalities[m];
         of.ddgradient = ddgrads[m].const_data_ptr(), of.ddembedding = ddembeddings[m].const_data_ptr();
         of.dgradient = to_grads[m].mutable_data_ptr(), of.dembedding = to_embeddings[m].mutable_data_ptr();
@@ -203,16 +202,16 @@ attribution_linear(Tensors embeddings, Tensors weights, Tensor logits, Tensor ta
     for (size_t m = 0; m < weights.size(); m++) {
         const int64_t d = in.modalities[m].d;
         check_like(in.op, nth("weights", m).c_str(), weights[m], "[C, d]", {C, d}, in.embeddings[0]);
-        weights[m] = torch::stable::contiguous(weights[m]);
+        weights[m] = in_one_piece(weights[m]);
         weight_data.push_back(weights[m].const_data_ptr());
         dweights.push_back(empty_kept(weights[m], {C, d}));
         dweight_data.push_back(dweights.back().mutable_data_ptr());
     }
-    logits = torch::stable::contiguous(logits);
+    logits = in_one_piece(logits);
     if (classes) {
         check_shape(in.op, "classes", *classes, "[B]", {B});
         check_dtype(in.op, "classes", *classes, ScalarType::Long);
-        classes = torch::stable::contiguous(*classes);
+        classes = in_one_piece(*classes);
     }
     dreg = in.real_input("dreg", dreg, "[B]", {B});
     Tensor reg = in.real({B}), shares = in.real({B, M}), magnitudes = in.real({B, M});

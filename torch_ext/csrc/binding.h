@@ -99,8 +99,11 @@ inline mmbal_dtype storage_dtype(const char *op, const char *name, const Tensor 
 // The dtype that sums, routing weights and losses have.
 inline ScalarType real_type(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? ScalarType::Double : ScalarType::Float; }
 
-inline std::optional<Tensor> contiguous(const std::optional<Tensor> &t) {
-    return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+// The tensor itself where it is contiguous: the way through the dispatcher would take most of a small operator's time.
+inline Tensor in_one_piece(const Tensor &t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline std::optional<Tensor> in_one_piece(const std::optional<Tensor> &t) {
+    return t ? std::optional<Tensor>(in_one_piece(*t)) : std::nullopt;
 }
 
 inline const void *data_or_null(const std::optional<Tensor> &t) { return t ? t->const_data_ptr() : nullptr; }

@@ -31,8 +31,8 @@ struct WeightInputs {
         STD_TORCH_CHECK(temperature >= least && temperature <= most, op, ": temperature must be from ", least, " to ",
                         most, ", got ", temperature);
         options = {floor, ceiling, temperature, mode == "agree" ? MMBAL_BTW_AGREE : MMBAL_BTW_DIVERGE, mean_one};
-        kl = torch::stable::contiguous(kl);
-        mi = torch::stable::contiguous(torch::stable::to(mi, ScalarType::Double));
+        kl = in_one_piece(kl);
+        mi = in_one_piece(torch::stable::to(mi, ScalarType::Double));
         for (int64_t m = 0; m < M; m++)
             STD_TORCH_CHECK(std::isfinite(mi_data()[m]), op, ": mi must be finite for every modality, got ",
                             mi_data()[m], " for ", m);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> btw_weights_backward(Tensor dweights, Tensor kl, Tens
     in.prepare(floor, ceiling, mode, temperature, mean_one);
     check_shape(in.op, "dw", dweights, "[N, M]", {in.N, in.M});
     check_dtype(in.op, "dw", dweights, real_type(in.dtype));
-    dweights = torch::stable::contiguous(dweights);
+    dweights = in_one_piece(dweights);
     check_needed(in.op, needed, 2);
     const Gradient dkl(needed[0], in.kl, {in.N, in.M}), dmi(needed[1], in.mi, {in.M});
     TorchPool pool;
@@ -85,7 +85,7 @@ void ema_rows_(Tensor table, Tensor index, Tensor weights, double alpha) {
     const int64_t N = index.size(0);
     check_like(op, "w", weights, "[N, M]", {N, M}, table);
     STD_TORCH_CHECK(alpha >= 0 && alpha <= 1, op, ": alpha must be from 0 to 1, got ", alpha);
-    index = torch::stable::contiguous(index), weights = torch::stable::contiguous(weights);
+    index = in_one_piece(index), weights = in_one_piece(weights);
     TorchPool pool;
     const Workspace workspace(mmbal_ema_rows_workspace(S));
     const mmbal_status status = mmbal_ema_rows(dtype, table.mutable_data_ptr(), index_data(index),
@@ -125,11 +125,11 @@ std::vector<Tensor> scale_modalities(std::vector<Tensor> embeddings, Tensor weig
     storage_dtype(op, "w", weights);
     const int64_t N = weights.size(0), M = weights.size(1);
     const ScalarType real = check_embeddings(op, "embeddings", embeddings, N);
-    weights = torch::stable::contiguous(torch::stable::to(weights, real));
+    weights = in_one_piece(torch::stable::to(weights, real));
     std::vector<Tensor> scaled;
     TorchPool pool;
     for (int64_t m = 0; m < M; m++) {
-        const Tensor h = torch::stable::contiguous(embeddings[m]);
+        const Tensor h = in_one_piece(embeddings[m]);
         scaled.push_back(empty_kept(h, std::vector<int64_t>(h.sizes().begin(), h.sizes().end())));
         check(mmbal_scale_modality(storage_dtype(op, "embeddings", h), h.const_data_ptr(), weights.const_data_ptr(), m,
                                    N, M, row_size(h), scaled.back().mutable_data_ptr(), pool.get()),
@@ -153,7 +153,7 @@ Tensor scale_modalities_dweights(std::vector<Tensor> dscaled, std::vector<Tensor
     for (int64_t m = 0; m < M; m++) {
         const std::vector<int64_t> sizes(embeddings[m].sizes().begin(), embeddings[m].sizes().end());
         check_like(op, "dscaled", dscaled[m], "as its embedding", sizes, embeddings[m]);
-        const Tensor h = torch::stable::contiguous(embeddings[m]), dh = torch::stable::contiguous(dscaled[m]);
+        const Tensor h = in_one_piece(embeddings[m]), dh = in_one_piece(dscaled[m]);
         check(mmbal_scale_modality_dweights(storage_dtype(op, "embeddings", h), dh.const_data_ptr(), h.const_data_ptr(),
                                             m, N, M, row_size(h), dweights.mutable_data_ptr(), pool.get()),
               op);

@@ -24,13 +24,14 @@ struct NormalInputs {
         check_like(op, "fused_mu", fused_mu, "[N]", {N}, mu);
         if (fused_log_sigma) check_like(op, "fused_log_sigma", *fused_log_sigma, "[N]", {N}, mu);
         if (target) check_like(op, "target", *target, "[N]", {N}, mu);
-        mu = torch::stable::contiguous(mu), fused_mu = torch::stable::contiguous(fused_mu);
-        log_sigma = contiguous(log_sigma), fused_log_sigma = contiguous(fused_log_sigma), target = contiguous(target);
+        mu = in_one_piece(mu), fused_mu = in_one_piece(fused_mu);
+        log_sigma = in_one_piece(log_sigma), fused_log_sigma = in_one_piece(fused_log_sigma),
+        target = in_one_piece(target);
     }
     Tensor check_dkl(const Tensor &dkl) const {
         check_shape(op, "dkl", dkl, "[N, M]", {N, M});
         check_dtype(op, "dkl", dkl, real_type(dtype));
-        return torch::stable::contiguous(dkl);
+        return in_one_piece(dkl);
     }
 };
 
@@ -108,7 +109,7 @@ struct CategoricalInputs {
         check_modalities(op, "logits", M);
         STD_TORCH_CHECK(C >= 1, op, ": logits must have at least one class, got ", shape_text(logits.sizes()));
         check_like(op, "fused_logits", fused_logits, "[N, C]", {N, C}, logits);
-        logits = torch::stable::contiguous(logits), fused_logits = torch::stable::contiguous(fused_logits);
+        logits = in_one_piece(logits), fused_logits = in_one_piece(fused_logits);
     }
 };
 
@@ -130,7 +131,7 @@ std::tuple<Tensor, Tensor> categorical_kl_backward(Tensor dkl, Tensor logits, Te
     in.prepare();
     check_shape(in.op, "dkl", dkl, "[N, M]", {in.N, in.M});
     check_dtype(in.op, "dkl", dkl, real_type(in.dtype));
-    dkl = torch::stable::contiguous(dkl);
+    dkl = in_one_piece(dkl);
     check_needed(in.op, needed, 2);
     const Gradient dlogits(needed[0], in.logits, {in.M, in.N, in.C}), dfused(needed[1], in.logits, {in.N, in.C});
     TorchPool pool;

@@ -56,8 +56,8 @@ struct Call {
     }
 
     void make_contiguous() {
-        for (Tensor *t : {&x, &w1, &w2, &weights, &permutation, &offsets, &inverse}) *t = torch::stable::contiguous(*t);
-        b1 = contiguous(b1), b2 = contiguous(b2);
+        for (Tensor *t : {&x, &w1, &w2, &weights, &permutation, &offsets, &inverse}) *t = in_one_piece(*t);
+        b1 = in_one_piece(b1), b2 = in_one_piece(b2);
     }
 
     void check_packed() const {
@@ -117,7 +117,7 @@ Tensor expert_mlp_pack(Tensor w1, Tensor w2) {
                     shape_text(w1.sizes()));
     check_shape(op, "w2", w2, "[E, D, F]", {E, D, F});
     check_dtype(op, "w2", w2, w1.scalar_type());
-    w1 = torch::stable::contiguous(w1), w2 = torch::stable::contiguous(w2);
+    w1 = in_one_piece(w1), w2 = in_one_piece(w2);
     const mmbal_expert_mlp_shape shape = {0, D, F, E, 1};
     Tensor packed = torch::stable::new_empty(w1, {mmbal_expert_mlp_packed_bytes(dtype, shape)}, ScalarType::Byte);
     TorchPool pool;
@@ -144,7 +144,7 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
     check_dtype(call.op, "preactivation", preactivation, x.scalar_type());
     STD_TORCH_CHECK(needed.size() == 6, call.op, ": needed must have 6 entries, got ", needed.size());
     call.make_contiguous();
-    dy = torch::stable::contiguous(dy), preactivation = torch::stable::contiguous(preactivation);
+    dy = in_one_piece(dy), preactivation = in_one_piece(preactivation);
 
     const std::vector<std::vector<int64_t>> sizes = {{N, D}, {E, F, D}, {E, F}, {E, D, F}, {E, D}, {N, K}};
     std::vector<Tensor> gradients;

@@ -21,7 +21,7 @@ inline std::optional<Tensor> check_present(const char *op, const std::optional<T
     if (!present) return std::nullopt;
     check_shape(op, "present", *present, "[N, M]", {N, M});
     check_dtype(op, "present", *present, ScalarType::Bool);
-    return contiguous(present);
+    return in_one_piece(present);
 }
 
 inline const uint8_t *mask_data(const std::optional<Tensor> &mask) {

@@ -21,7 +21,7 @@ Tensor ksg_mutual_info(Tensor x, Tensor y, std::optional<Tensor> present, int64_
     STD_TORCH_CHECK(N > neighbors, op, ": x must have more samples than neighbors = ", neighbors, ", got ", N);
     STD_TORCH_CHECK(N <= INT32_MAX, op, ": x must have fewer than 2^31 samples, got ", N);
     STD_TORCH_CHECK(jitter >= 0 && std::isfinite(jitter), op, ": jitter must be finite and not negative, got ", jitter);
-    x = torch::stable::contiguous(x), y = torch::stable::contiguous(y);
+    x = in_one_piece(x), y = in_one_piece(y);
     Tensor mi = torch::stable::new_empty(x, {M}, ScalarType::Double);
     TorchPool pool;
     const Workspace workspace(mmbal_ksg_mutual_info_workspace(N, M, pool.get()));
@@ -44,7 +44,7 @@ Tensor discrete_mutual_info(Tensor a, Tensor b, std::optional<Tensor> present, i
     constexpr int64_t most_classes = 32768;
     STD_TORCH_CHECK(num_classes == -1 || (num_classes >= 1 && num_classes <= most_classes), op,
                     ": num_classes must be from 1 to ", most_classes, ", or -1 to find it, got ", num_classes);
-    a = torch::stable::contiguous(a), b = torch::stable::contiguous(b);
+    a = in_one_piece(a), b = in_one_piece(b);
     if (num_classes == -1) {
         const mmbal_status counted =
             mmbal_count_classes(index_data(a), index_data(b), mask_data(present), M, N, &num_classes);

@@ -23,14 +23,14 @@ LossInputs check_inputs(const char *op, const Tensor &logits, const std::optiona
         check_shape(op, "token_mask", *token_mask, "[N]", {N});
         check_dtype(op, "token_mask", *token_mask, ScalarType::Bool);
     }
-    return {dtype, N, E, torch::stable::contiguous(logits), contiguous(token_mask)};
+    return {dtype, N, E, in_one_piece(logits), in_one_piece(token_mask)};
 }
 
 Tensor check_indices(const char *op, const Tensor &indices, int64_t N) {
     check_shape(op, "indices", indices, "[N, K]", {N, -1});
     check_dtype(op, "indices", indices, ScalarType::Long);
     STD_TORCH_CHECK(indices.size(1) >= 1, op, ": indices must name at least one expert a token");
-    return torch::stable::contiguous(indices);
+    return in_one_piece(indices);
 }
 
 void check_loss_gradient(const char *op, const Tensor &dloss, mmbal_dtype dtype) {

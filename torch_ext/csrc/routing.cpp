@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> moe_topk(Tensor logits, int64_t k, bool normalize, st
         check_shape(op, "selection_bias", *selection_bias, "[E]", {E});
         check_dtype(op, "selection_bias", *selection_bias, real_type(dtype));
     }
-    logits = torch::stable::contiguous(logits), selection_bias = contiguous(selection_bias);
+    logits = in_one_piece(logits), selection_bias = in_one_piece(selection_bias);
     Tensor weights = torch::stable::new_empty(logits, {N, k}, real_type(dtype));
     Tensor indices = torch::stable::new_empty(logits, {N, k}, ScalarType::Long);
     TorchPool pool;
@@ -37,8 +37,8 @@ Tensor moe_topk_backward(Tensor dweights, Tensor logits, Tensor weights, Tensor 
     check_dtype(op, "weights", weights, real_type(dtype));
     check_shape(op, "dweights", dweights, "[N, K]", {N, K});
     check_dtype(op, "dweights", dweights, real_type(dtype));
-    logits = torch::stable::contiguous(logits), weights = torch::stable::contiguous(weights);
-    indices = torch::stable::contiguous(indices), dweights = torch::stable::contiguous(dweights);
+    logits = in_one_piece(logits), weights = in_one_piece(weights);
+    indices = in_one_piece(indices), dweights = in_one_piece(dweights);
     Tensor dlogits = torch::stable::new_empty(logits, {N, E});
     TorchPool pool;
     check(mmbal_moe_topk_backward(dtype, dweights.const_data_ptr(), logits.const_data_ptr(), weights.const_data_ptr(),
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_dispatch(Tensor indices, int64_t num_expe
     STD_TORCH_CHECK(num_experts >= 1, op, ": num_experts must be at least 1, got ", num_experts);
     const int64_t N = indices.size(0), K = indices.size(1);
     STD_TORCH_CHECK(K >= 1, op, ": indices must name at least one expert a token, got ", shape_text(indices.sizes()));
-    indices = torch::stable::contiguous(indices);
+    indices = in_one_piece(indices);
     Tensor permutation = torch::stable::new_empty(indices, {N * K});
     Tensor offsets = torch::stable::new_empty(indices, {num_experts + 1});
     Tensor inverse = torch::stable::new_empty(indices, {N, K});

@@ -41,7 +41,7 @@ inline mmbal_mask_options mask_options(const char *op, const std::string &sample
 inline Tensor check_rho(const char *op, const Tensor &rho, bool unbiased) {
     check_shape(op, "rho", rho, "[M]", {-1});
     check_dtype(op, "rho", rho, ScalarType::Double);
-    const Tensor values = torch::stable::contiguous(rho);
+    const Tensor values = in_one_piece(rho);
     const auto *data = static_cast<const double *>(values.const_data_ptr());
     for (int64_t m = 0; m < rho.size(0); m++) {
         STD_TORCH_CHECK(data[m] >= 0 && data[m] <= 1, op, ": rho must be from 0 to 1, got ", data[m], " for modality ",

@@ -20,7 +20,7 @@ Tensor weighted_sample(Tensor w, Tensor k, int64_t seed, int64_t step) {
     check_shape(op, "k", k, "[S]", {S});
     check_dtype(op, "k", k, ScalarType::Long);
     check_step(op, step);
-    w = torch::stable::contiguous(w), k = torch::stable::contiguous(k);
+    w = in_one_piece(w), k = in_one_piece(k);
     for (int64_t s = 0; s < S; s++)
         STD_TORCH_CHECK(index_data(k)[s] >= 0 && index_data(k)[s] <= N, op, ": k must be from 0 to N = ", N, ", got ",
                         index_data(k)[s], " for row ", s);
@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor> waterfill(Tensor w, Tensor kappa, double lam) {
     check_shape(op, "kappa", kappa, "[S]", {S});
     storage_dtype(op, "kappa", kappa);
     STD_TORCH_CHECK(lam >= 0 && lam <= 1, op, ": lam must be from 0 to 1, got ", lam);
-    w = torch::stable::contiguous(w);
-    kappa = torch::stable::contiguous(torch::stable::to(kappa, ScalarType::Double));
+    w = in_one_piece(w);
+    kappa = in_one_piece(torch::stable::to(kappa, ScalarType::Double));
     Tensor p = torch::stable::new_empty(w, {S, N}), c = torch::stable::new_empty(w, {S}, ScalarType::Double);
     TorchPool pool;
     const Workspace workspace(mmbal_waterfill_workspace(N, pool.get()));
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> mask_units(Tensor energy, std::vector<int64_t> segmen
     }
     check_shape(op, "energy", energy, "[U]", {U});
     check_dtype(op, "energy", energy, ScalarType::Double);
-    energy = torch::stable::contiguous(energy);
+    energy = in_one_piece(energy);
     const int64_t S = static_cast<int64_t>(groups.size());
     Tensor scale = torch::stable::new_empty(energy, {U}), probability = torch::stable::new_empty(energy, {U});
     TorchPool pool;

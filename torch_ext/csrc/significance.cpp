@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modal_stats(std::vector<Tensor> logit
     check_shape(op, "targets", targets, "[B]", {-1});
     check_dtype(op, "targets", targets, ScalarType::Long);
     const int64_t B = targets.size(0);
-    targets = torch::stable::contiguous(targets);
+    targets = in_one_piece(targets);
     std::vector<mmbal_modality> modalities;
     int64_t C = -1;
     for (size_t m = 0; m < logits.size(); m++) {
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modal_stats(std::vector<Tensor> logit
         STD_TORCH_CHECK(features[m].size(1) >= 1, op, ": ", of_features, " must have at least one column");
         const mmbal_dtype logits_dtype = storage_dtype(op, of_logits.c_str(), logits[m]);
         const mmbal_dtype features_dtype = storage_dtype(op, of_features.c_str(), features[m]);
-        logits[m] = torch::stable::contiguous(logits[m]), features[m] = torch::stable::contiguous(features[m]);
+        logits[m] = in_one_piece(logits[m]), features[m] = in_one_piece(features[m]);
         modalities.push_back({logits[m].const_data_ptr(), features[m].const_data_ptr(), features[m].size(1),
                               logits_dtype, features_dtype});
     }
@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor> update_ratio(Tensor ce_sum, Tensor entropy_sum, Tenso
     STD_TORCH_CHECK(histogram.size(0) >= 1, op, ": histogram must have at least one class");
     RatioOptions in{op};
     in.prepare(tau, offset, lo, hi, mode, bias, least_entropy, guard);
-    ce_sum = torch::stable::contiguous(ce_sum), entropy_sum = torch::stable::contiguous(entropy_sum);
-    histogram = torch::stable::contiguous(histogram);
+    ce_sum = in_one_piece(ce_sum), entropy_sum = in_one_piece(entropy_sum);
+    histogram = in_one_piece(histogram);
     Tensor rate = torch::stable::new_empty(ce_sum, {M}), rho = torch::stable::new_empty(ce_sum, {M});
     check(mmbal_update_ratio(doubles(ce_sum), doubles(entropy_sum), doubles(histogram), doubles(rows), dims.data(), M,
                              histogram.size(0), in.options, doubles(rate), doubles(rho)),
@@ -105,7 +105,7 @@ Tensor ratio_of_rates(Tensor rate, double tau, double lo, double hi, double bias
     check_modalities(op, "rate", rate.size(0));
     RatioOptions in{op};
     in.prepare(tau, 0, lo, hi, "mi", bias, 1, "clamp");
-    rate = torch::stable::contiguous(rate);
+    rate = in_one_piece(rate);
     Tensor rho = torch::stable::new_empty(rate, {rate.size(0)});
     check(mmbal_ratio_of_rates(doubles(rate), rate.size(0), in.options, doubles(rho)), op);
     return rho;

@@ -41,7 +41,7 @@ void scale_units_foreach_(std::vector<Tensor> grads, std::vector<int64_t> specs,
     check_shape(op, "scale", scale, "[U]", {U});
     check_dtype(op, "scale", scale, ScalarType::Double);
     if (is_set(op, skip)) return;
-    scale = torch::stable::contiguous(scale);
+    scale = in_one_piece(scale);
     const int64_t T = static_cast<int64_t>(units.size());
     TorchPool pool;
     const Workspace workspace(mmbal_scale_units_workspace(T));

@@ -175,5 +175,24 @@ def amss(
         raise typer.Exit(130) from None
 
 
+@study.command()
+def attribution(
+    out: Annotated[Path, typer.Option(help="Where results go; what is finished there is not done again.")] = Path(
+        "mmbal-study/attribution"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs, not what it gains.")
+    ] = False,
+):
+    """Asks for shares of the modalities in decisions (attribution regularisation), against plain training."""
+    from mmbal.study.attribution import run_study
+
+    try:
+        run_study(out, seeds=seeds, quick=quick)
+    except KeyboardInterrupt:  # run_study has said what is kept
+        raise typer.Exit(130) from None
+
+
 if __name__ == "__main__":
     app()

@@ -1,9 +1,9 @@
 """Fake kernels and gradients of the divergences; the formulas are in include/mmbal/divergence.h."""
 
 import torch
-from torch.library import register_autocast, register_autograd, register_fake
+from torch.library import register_autocast, register_fake
 
-from mmbal._library import check_devices, ops, refuse_double_backward
+from mmbal._library import check_devices, ops, refuse_double_backward, register_gradient
 from mmbal.routing import real_dtype
 
 
@@ -86,9 +86,9 @@ def _categorical_backward(ctx, dkl_NM):
     return *wanted(ops.categorical_kl_backward(dkl_NM, *ctx.saved_tensors, ctx.reverse, needed), needed), None
 
 
-register_autograd("mmbal::gaussian_kl", _gaussian_backward, setup_context=_save_gaussian)
-register_autograd("mmbal::residual_kl", _residual_backward, setup_context=_save_residual)
-register_autograd("mmbal::categorical_kl", _categorical_backward, setup_context=_save_categorical)
+register_gradient("gaussian_kl", _gaussian_backward, _save_gaussian)
+register_gradient("residual_kl", _residual_backward, _save_residual)
+register_gradient("categorical_kl", _categorical_backward, _save_categorical)
 for _op in ("gaussian_kl", "residual_kl", "categorical_kl"):
     register_autocast(f"mmbal::{_op}", "cpu", torch.float32)
     refuse_double_backward(f"{_op}_backward")

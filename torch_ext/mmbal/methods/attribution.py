@@ -63,7 +63,8 @@ class AttributionRegularizer:
     else: the encoders get none whatever it is added to. Where no gradients are recorded (``torch.no_grad``) value and
     info are all there is.
 
-    The paper's body says little about details; where it is silent or could not be read, the choice is marked (ours).
+    The definition is that of the paper's first version (of M modalities, M terms) as a review restates it; the later
+    ones may differ. Where it leaves something open the choice is marked (ours).
     Letters: B samples, M modalities, C classes, D features, T tokens.
 
     Parameters

@@ -102,6 +102,19 @@ def test_the_recipe_of_the_readme_masks_subnetworks():
         assert abs(moved - 8 * amss.rho[name]) < 1  # rounded down or up
 
 
+def test_the_recipe_of_the_readme_asks_for_shares(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    model = TwoModalities()
+    model.audio_net, model.video_net = model.audio, model.video
+    inputs = {"audio": torch.randn(12, 5), "video": torch.randn(12, 3)}
+    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "epochs": 3}
+    names["loader"] = [(inputs, inputs["audio"][:, :3].argmax(1))]
+    exec(recipe_of("Attribution regularisation in your training script"), names)
+    assert names["value"].item() > 0 and names["regularizer"].steps == 3
+    assert names["monitor"].steps == [0, 1, 2] and (tmp_path / "shares.png").exists()
+    assert [id(p) for p in names["tap"].head_parameters()] == [id(p) for p in model.head.parameters()]
+
+
 def test_the_example_script_trains_and_leaves_a_model_that_loads(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "clip_moe.py"), "--steps", "2", "--batch", "16"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

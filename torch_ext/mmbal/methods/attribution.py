@@ -63,7 +63,8 @@ class AttributionRegularizer:
     else: the encoders get none whatever it is added to. Where no gradients are recorded (``torch.no_grad``) value and
     info are all there is.
 
-    The paper's body says little about details; where it is silent or could not be read, the choice is marked (ours).
+    The definition is that of the paper's first version (of M modalities, M terms) as a review restates it; the later
+    ones may differ. Where it leaves something open the choice is marked (ours).
     Letters: B samples, M modalities, C classes, D features, T tokens.
 
     Parameters
@@ -78,12 +79,12 @@ class AttributionRegularizer:
         samples: then a gradient is not of one sample alone).
     parameters : the head's. None: those of ``head`` where it is a module, or the tap's ``head_parameters()``.
     mode : how the gradient gets to the head. "double": backward of the backward; any head of operators that have one.
-        "forward": reverse over forward; needs ``head``, and forward AD of all its
-        operators (softmax and SiLU have none in torch 2.13). "difference": a central
-        difference and no second derivatives; needs ``head``, smooth (GELU, tanh; one with ReLU or max pooling is
-        refused, as far as that can be found out: in a function of your own it cannot), and is right to about 1e-4.
-        "closed": exact in one operator, for [B, D] embeddings and an nn.Linear as ``head`` or an nn.ModuleDict of them.
-        "auto": "closed" where possible, else "double".
+        "forward": reverse over forward; needs ``head``, and forward AD of all its operators that can be derived
+        (softmax and SiLU have none in torch 2.13, so attention neither). "difference": a central difference and no
+        second derivatives; needs ``head``, smooth (GELU, tanh; one with ReLU or max pooling is refused, as far as that
+        can be found out: in a function of your own it cannot), and is right to about 1e-4. "closed": exact in one
+        operator, for [B, D] embeddings and an nn.Linear as ``head`` or an nn.ModuleDict of them. "auto": "closed" where
+        possible, else "double".
     score : "odds" (ours), z_c - log sum of the other classes' exp z: same shares and gradients as the probability's, as
         in the paper, but never saturated. "logit", z_c: another regulariser; for several labels at once (the top label)
         and regression on several outputs (the largest). With one output both are |z|. Token-level logits [B, T, C]: the

@@ -78,6 +78,17 @@ def score_of(logits: Tensor, classes: Tensor, score: str) -> Tensor:
     return s if s.dim() == 1 else s.flatten(1).mean(1)
 
 
+def unwrapped(head: Callable) -> Callable:
+    """Without torch.compile and DistributedDataParallel around it."""
+    while True:
+        inner = getattr(head, "_orig_mod", None) or getattr(head, "_torchdynamo_orig_callable", None)
+        if inner is None and isinstance(head, nn.parallel.DistributedDataParallel):
+            inner = head.module
+        if inner is None:
+            return head
+        head = inner
+
+
 class HeadAlone:
     """Runs a head on embeddings by itself, as often as a route needs, and leaves no trace: outside autocast, attention
     by torch's plain formula (the fused kernels have no second derivative), batch norms by their running statistics and
@@ -85,7 +96,7 @@ class HeadAlone:
     head runs uncompiled: compiled graphs have no second derivative."""
 
     def __init__(self, head: Callable):
-        self.head = getattr(head, "_orig_mod", head)
+        self.head = unwrapped(head)
         self.concatenates = isinstance(self.head, (nn.Linear, nn.Sequential))
         self.modules = list(self.head.modules()) if isinstance(self.head, nn.Module) else []
         parameters = [p for module in self.modules for p in module.parameters(False) if p.is_floating_point()]

@@ -45,7 +45,7 @@ class EmbeddingTap:
         self.model, self.modalities, self._select = model, list(encoders), dict(select or {})
         if unknown := set(self._select) - set(self.modalities):
             raise ValueError(f"EmbeddingTap: select must have keys among {self.modalities}, got {sorted(unknown)}")
-        parts = dict(model.named_modules())
+        parts = dict(model.named_modules(remove_duplicate=False))
         self.encoders = {name: self._part(name, given, parts) for name, given in encoders.items()}
         if len({id(module) for module in self.encoders.values()}) < len(self.encoders):
             raise ValueError("EmbeddingTap: encoders must be different modules, got one for two modalities")

@@ -52,21 +52,26 @@ static void NAME(attributed_second)(const mmbal_attributed *of, int64_t first, d
     }
 }
 
+/* The sample from its gradients and embeddings. */
+static void NAME(attribute_sample)(const mmbal_attribution *t, int64_t b, attributed_sample *sample) {
+    for (int64_t m = 0; m < t->M; m++) {
+        const mmbal_attributed *of = &t->modalities[m];
+        sample->a[m] = 0;
+        if (!is_present(t, b, m)) continue;
+        const double squares = NAME(attributed_squares)((const STORED *)of->gradient + b * of->d,
+                                                        (const STORED *)of->embedding + b * of->d, of->d);
+        sample->a[m] = sqrt(t->options.pool == MMBAL_POOL_RMS ? squares / (double)of->d : squares);
+    }
+    find_shares(t, b, sample);
+}
+
 static mmbal_status NAME(attribution_task)(void *context, int worker, int64_t begin, int64_t end) {
     (void)worker;
     const attributed_rows *rows = context;
     const mmbal_attribution *t = rows->attribution;
     attributed_sample sample;
     for (int64_t b = begin; b < end; b++) {
-        for (int64_t m = 0; m < t->M; m++) {
-            const mmbal_attributed *of = &t->modalities[m];
-            sample.a[m] = 0;
-            if (!is_present(t, b, m)) continue;
-            const double squares = NAME(attributed_squares)((const STORED *)of->gradient + b * of->d,
-                                                            (const STORED *)of->embedding + b * of->d, of->d);
-            sample.a[m] = sqrt(t->options.pool == MMBAL_POOL_RMS ? squares / (double)of->d : squares);
-        }
-        find_shares(t, b, &sample);
+        NAME(attribute_sample)(t, b, &sample);
         ((REAL *)rows->reg)[b] = (REAL)regulariser_of(t, b, &sample);
         for (int64_t m = 0; m < t->M; m++) {
             ((REAL *)rows->shares)[b * t->M + m] = (REAL)sample.p[m];
@@ -76,7 +81,7 @@ static mmbal_status NAME(attribution_task)(void *context, int worker, int64_t be
     return MMBAL_OK;
 }
 
-/* The sample again from its magnitudes, and what is upstream of it. */
+/* The sample again from its magnitudes, or anew where a float32 has no room for these; and what is upstream of it. */
 static void NAME(load_sample)(const attributed_rows *rows, int64_t b, attributed_sample *sample, upstream *up) {
     const int64_t M = rows->attribution->M;
     for (int64_t m = 0; m < M; m++) {
@@ -86,6 +91,7 @@ static void NAME(load_sample)(const attributed_rows *rows, int64_t b, attributed
     }
     up->reg = (double)((const REAL *)rows->dreg)[b];
     find_shares(rows->attribution, b, sample);
+    if (!(sample->sum >= least_sum && isfinite(sample->sum))) NAME(attribute_sample)(rows->attribution, b, sample);
 }
 
 static mmbal_status NAME(attribution_backward_task)(void *context, int worker, int64_t begin, int64_t end) {

@@ -19,7 +19,7 @@ static int is_real(mmbal_dtype dtype) { return dtype == MMBAL_F64 || dtype == MM
 static int64_t lay_out(const mmbal_attribution *t, int64_t C, arena *from, linear_scratch *scratch) {
     const int64_t size = real_size(t->dtype);
     scratch->coefficients = carve(from, t->B * C * size), scratch->zeta = carve(from, t->B * C * size);
-    for (int64_t m = 0; m < t->M; m++) {
+    for (int64_t m = 0; m < t->M && m < MMBAL_MAX_MODALITIES; m++) { /* sizes are not checked yet */
         const mmbal_attributed *of = &t->modalities[m];
         scratch->gradients[m] = carve(from, t->B * of->d * size);
         scratch->embeddings[m] = is_real(t->dtype) ? (void *)of->embedding : carve(from, t->B * of->d * size);

@@ -10,9 +10,9 @@ from mmbal._library import check_devices, ops, refuse_double_backward
 from mmbal.routing import real_dtype
 
 
-def _check(op, embeddings, **others):
-    for m, e in enumerate(embeddings):
-        check_devices(op, **{f"embeddings[{m}]": e}, **others)
+def _check(op, lists, **others):
+    tensors = {f"{name}[{m}]": t for name, several in lists.items() for m, t in enumerate(several)}
+    check_devices(op, **tensors, **others)
 
 
 def _outputs(embeddings):
@@ -27,7 +27,9 @@ def _like(embeddings):
 
 @register_fake("mmbal::attribution_reg")
 def _(grads, embeddings, target_shares, present_BM=None, pool="l2", penalty="l1", eps=1e-12):
-    _check("attribution_reg", embeddings, target_shares=target_shares, present=present_BM)
+    _check(
+        "attribution_reg", {"embeddings": embeddings, "grads": grads}, target_shares=target_shares, present=present_BM
+    )
     return _outputs(embeddings)
 
 
@@ -43,7 +45,9 @@ def _(ddgrads, ddembeddings, dreg_B, dshares_BM, dmagnitudes_BM, grads, embeddin
 
 @register_fake("mmbal::attribution_linear")
 def _(embeddings, weights, logits_BC, target_shares, dreg_B, present_BM=None, classes_B=None, *options, **named):
-    _check("attribution_linear", embeddings, target_shares=target_shares, present=present_BM, classes=classes_B)
+    lists = {"embeddings": embeddings, "weights": weights}
+    rest = {"logits": logits_BC, "target_shares": target_shares, "dreg": dreg_B}
+    _check("attribution_linear", lists, **rest, present=present_BM, classes=classes_B)
     return *_outputs(embeddings), _like(weights), logits_BC.new_empty(logits_BC.shape[1])
 
 
@@ -95,4 +99,6 @@ def _backward_backward(ctx, ddgrads, ddembeddings):
 register_autograd("mmbal::attribution_reg", _backward, setup_context=_save)
 register_autograd("mmbal::attribution_reg_backward", _backward_backward, setup_context=_save_backward)
 refuse_double_backward("attribution_reg_backward_backward")
-register_autocast("mmbal::attribution_reg", "cpu", torch.float32)
+refuse_double_backward("attribution_linear")  # what it returns are the head's gradients
+for _op in ("attribution_reg", "attribution_linear"):
+    register_autocast(f"mmbal::{_op}", "cpu", torch.float32)

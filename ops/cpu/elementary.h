@@ -20,6 +20,15 @@ IN_VECTORS float fused(float a, float b, float c) {
 #endif
 }
 
+IN_VECTORS float fused_f32(float a, float b, float c) { return fused(a, b, c); }
+IN_VECTORS double fused_f64(double a, double b, double c) {
+#ifdef __FMA__
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 /* 2^exponent, -126 <= exponent <= 127; any number else. */
 IN_VECTORS float power_of_two(int32_t exponent) {
     const uint32_t bits = (uint32_t)(exponent + 127) << 23;

@@ -124,7 +124,8 @@ typedef struct {
     int64_t m;                 /* of linear_weights and linear_gradients */
 } linear_rows;
 
-enum { LINEAR_TILE = 512, LINEAR_ROWS = 4 }; /* elements of a row, and rows, that a task holds sums of */
+/* Elements of a row, and rows, that a task holds sums of; how many terms it adds to them before they are stored. */
+enum { LINEAR_TILE = 512, LINEAR_ROWS = 4, LINEAR_TERMS = 4 };
 
 /* A part of a tensor of units.h: `units` of one group, and of each the rows first_row .. end_row. Row r is the part
  * r mod parts, of ROW_PART elements at most, of outer index r / parts. */

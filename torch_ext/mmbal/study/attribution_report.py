@@ -175,7 +175,7 @@ def _save(figure, path: Path) -> None:
 
 def plot_gains(results: dict, path: Path) -> None:
     """A row a data set, a panel a condition, a dot an arm: its gain over plain training with the 95 % interval."""
-    figure, axes = plt.subplots(len(DATA_SETS), len(CONDITIONS), figsize=(12, 8.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(DATA_SETS), len(CONDITIONS), figsize=(12, 9.6), layout="constrained", squeeze=False)
     for row, data_set in zip(axes, DATA_SETS, strict=True):
         arms = results["settings"][data_set.name]["arms"]
         for axis, (condition, title) in zip(row, CONDITIONS.items(), strict=True):
@@ -187,7 +187,7 @@ def plot_gains(results: dict, path: Path) -> None:
             axis.set_xlim(-far[-1], far[1])
             axis.set_ylim(len(COMPARED) - 0.5, -0.5)
             axis.set_yticks(range(len(COMPARED)), [TITLES[arm] for arm in COMPARED] if axis is row[0] else [])
-            dress(axis, f"{data_set.title}: {title}", "accuracy gained, points")
+            dress(axis, f"{data_set.title}\n{title}", "accuracy gained, points")
     count = results["seeds"]
     bars = f"mean and 95 % interval of {count} seeds" if count > 1 else "one seed, no interval"
     figure.suptitle(f"Does asking for shares beat plain training (the black line)? {bars}", fontsize=12.5)
@@ -197,7 +197,7 @@ def plot_gains(results: dict, path: Path) -> None:
 
 def plot_shares(results: dict, path: Path) -> None:
     """A panel a data set, a bar an arm, cut by the modalities' mean shares in test decisions."""
-    figure, axes = plt.subplots(1, len(DATA_SETS), figsize=(12, 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(DATA_SETS), figsize=(12, 4), layout="constrained", squeeze=False)
     for axis, data_set in zip(axes[0], DATA_SETS, strict=True):
         setting = results["settings"][data_set.name]
         left = [0.0] * len(TITLES)
@@ -211,6 +211,6 @@ def plot_shares(results: dict, path: Path) -> None:
         axis.set_title(data_set.title, fontsize=11)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False, fontsize=9)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=9)
     figure.suptitle("Mean share of each modality in the decisions on test rows, by arm", fontsize=12.5)
     _save(figure, path)

@@ -267,10 +267,8 @@ def test_a_training_step_under_autocast_with_a_scaler(own_graph, head):
     scaler.step(optimizer)
 
 
-def ddp_gradients(rank, store):
+def replica_gradients(rank):
     """Of a replica that trains on its half of the rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model = Model()
     regularizer = AttributionRegularizer(EmbeddingTap(model, TAPPED))
     parallel = nn.parallel.DistributedDataParallel(model)
@@ -278,7 +276,14 @@ def ddp_gradients(rank, store):
     rows = slice(4 * rank, 4 * rank + 4)
     logits = parallel({n: t[rows] for n, t in x.items()})
     (F.cross_entropy(logits, y[rows]) + regularizer(logits=logits)[0]).backward()
-    torch.save(gradients(model), f"{store}.{rank}")
+    return gradients(model)
+
+
+def ddp_gradients(rank, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.save(replica_gradients(rank), f"{store}.{rank}")
+    dist.barrier()  # neither leaves while the other still talks to it, nor a replica lives on without its group
     dist.destroy_process_group()
 
 

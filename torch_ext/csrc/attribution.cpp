@@ -7,14 +7,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-int64_t row_size(const Tensor &t) {
-    int64_t size = 1;
-    for (int64_t i = 1; i < t.dim(); i++) size *= t.size(i);
-    return size;
-}
-
-std::string nth(const char *name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 // Samples and what is asked of them, contiguous and as the core takes them.
 struct AttributionInputs {
     const char *op;

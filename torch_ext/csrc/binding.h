@@ -55,6 +55,16 @@ std::string shape_text(const Sizes &sizes) {
     return text + "]";
 }
 
+// How an error names one tensor of a list.
+inline std::string nth(const char *name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+// Numbers in one row of [N, ...].
+inline int64_t row_size(const Tensor &t) {
+    int64_t size = 1;
+    for (int64_t i = 1; i < t.dim(); i++) size *= t.size(i);
+    return size;
+}
+
 inline const char *dtype_text(ScalarType type) {
     switch (type) {
     case ScalarType::Float: return "float32";

@@ -100,7 +100,7 @@ ScalarType check_embeddings(const char *op, const char *name, const std::vector<
     ScalarType real = ScalarType::Float;
     for (size_t m = 0; m < embeddings.size(); m++) {
         const Tensor &h = embeddings[m];
-        const std::string which = std::string(name) + "[" + std::to_string(m) + "]";
+        const std::string which = nth(name, m);
         STD_TORCH_CHECK(h.dim() >= 1 && h.size(0) == N, op, ": ", which, " must be [N, ...] = [", N, ", ...], got ",
                         shape_text(h.sizes()));
         STD_TORCH_CHECK(h.is_cpu(), op, ": ", which, " must be on the CPU like the other arguments");
@@ -110,12 +110,6 @@ ScalarType check_embeddings(const char *op, const char *name, const std::vector<
         real = real_of_h;
     }
     return real;
-}
-
-int64_t row_size(const Tensor &h) {
-    int64_t size = 1;
-    for (int64_t i = 1; i < h.dim(); i++) size *= h.size(i);
-    return size;
 }
 
 std::vector<Tensor> scale_modalities(std::vector<Tensor> embeddings, Tensor weights) {

@@ -7,8 +7,6 @@
 namespace mmbal {
 namespace {
 
-std::string nth(const char *name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 double *doubles(const Tensor &t) { return static_cast<double *>(t.mutable_data_ptr()); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> modal_stats(std::vector<Tensor> logits, std::vector<Tensor> features,

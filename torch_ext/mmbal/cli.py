@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import os
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -137,61 +138,34 @@ study = typer.Typer(help="What a method gains on real data, against what it has 
 app.add_typer(study, name="study")
 
 
+Out = Annotated[Path, typer.Option(help="Where results go; what is finished there is not done again.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")]
+Quick = Annotated[bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs, not what it gains.")]
+
+
+def _conduct(name: str, out: Path, seeds: int, quick: bool) -> None:
+    try:
+        import_module(f"mmbal.study.{name}").run_study(out, seeds=seeds, quick=quick)
+    except KeyboardInterrupt:  # run_study has said what is kept
+        raise typer.Exit(130) from None
+
+
 @study.command()
-def btw(
-    out: Annotated[Path, typer.Option(help="Where results go; what is finished there is not done again.")] = Path(
-        "mmbal-study/btw"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 5,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs, not what it gains.")
-    ] = False,
-):
+def btw(out: Out = Path("mmbal-study/btw"), seeds: Seeds = 5, quick: Quick = False):
     """Weights modalities by divergence and mutual information (BTW) on two tables and compares it with plain fusion."""
-    from mmbal.study.btw import run_study
-
-    try:
-        run_study(out, seeds=seeds, quick=quick)
-    except KeyboardInterrupt:  # run_study has said what is kept
-        raise typer.Exit(130) from None
+    _conduct("btw", out, seeds, quick)
 
 
 @study.command()
-def amss(
-    out: Annotated[Path, typer.Option(help="Where results go; what is finished there is not done again.")] = Path(
-        "mmbal-study/amss"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 5,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs, not what it gains.")
-    ] = False,
-):
+def amss(out: Out = Path("mmbal-study/amss"), seeds: Seeds = 5, quick: Quick = False):
     """Masks subnetworks of the modality that is ahead (AMSS) on three data sets and compares it with joint training."""
-    from mmbal.study.amss import run_study
-
-    try:
-        run_study(out, seeds=seeds, quick=quick)
-    except KeyboardInterrupt:  # run_study has said what is kept
-        raise typer.Exit(130) from None
+    _conduct("amss", out, seeds, quick)
 
 
 @study.command()
-def attribution(
-    out: Annotated[Path, typer.Option(help="Where results go; what is finished there is not done again.")] = Path(
-        "mmbal-study/attribution"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="How many: 0, 1, ...")] = 5,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, two epochs: shows that it runs, not what it gains.")
-    ] = False,
-):
+def attribution(out: Out = Path("mmbal-study/attribution"), seeds: Seeds = 5, quick: Quick = False):
     """Asks for shares of the modalities in decisions (attribution regularisation), against plain training."""
-    from mmbal.study.attribution import run_study
-
-    try:
-        run_study(out, seeds=seeds, quick=quick)
-    except KeyboardInterrupt:  # run_study has said what is kept
-        raise typer.Exit(130) from None
+    _conduct("attribution", out, seeds, quick)
 
 
 if __name__ == "__main__":

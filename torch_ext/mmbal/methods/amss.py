@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mmbal._library import ops
 from mmbal.methods.gradients import Batch, Gradients, Managed, Predicate, collect, like
-from mmbal.methods.ratios import ConcatHead, Outputs, Ratios, Significance, choose
+from mmbal.methods.ratios import ConcatHead, Outputs, Ratios, Significance
+from mmbal.methods.rows import choose
 from mmbal.methods.sharding import gather_energy, local_units
 from mmbal.methods.unit_spec import UnitSpec
 from mmbal.units import in_place
@@ -132,9 +133,9 @@ class AMSS:
         if not isinstance(encoders, Mapping) or not encoders:
             raise ValueError(f"AMSS: encoders must be a mapping of at least one modality, got {encoders!r}")
         if sampler is not None:
-            choose("sampler", sampler, SAMPLERS)
-        choose("importance", importance, IMPORTANCES)
-        choose("where", where, ("grad", "update"))
+            choose("AMSS", "sampler", sampler, SAMPLERS)
+        choose("AMSS", "importance", importance, IMPORTANCES)
+        choose("AMSS", "where", where, ("grad", "update"))
         if plus and sampler == "topk":
             raise ValueError("AMSS: sampler 'topk' has no unbiased form: give plus=False")
         if not 0 <= lam <= 1 or not 0 <= ema < 1:

@@ -15,16 +15,11 @@ from mmbal._library import ops
 from mmbal.methods import attribution_routes as routes
 from mmbal.methods import attribution_values as values
 from mmbal.methods.embedding_tap import EmbeddingTap
-from mmbal.methods.rows import in_order
+from mmbal.methods.rows import choose, in_order
 
 MODES = ("auto", "double", "forward", "difference", "closed")
 Embeddings = Mapping[str, Tensor] | Sequence[Tensor]
 Shares = Mapping[str, float] | Sequence[float] | Tensor
-
-
-def _choose(name: str, value, among: Sequence[str]) -> None:
-    if value not in among:
-        raise ValueError(f"AttributionRegularizer: {name} must be one of {', '.join(among)}, got {value!r}")
 
 
 class AttributionInfo(NamedTuple):
@@ -150,12 +145,12 @@ class AttributionRegularizer:
             raise ValueError(
                 f"AttributionRegularizer: modalities must be different names, at least two, got {modalities!r}"
             )
-        _choose("mode", mode, MODES)
-        _choose("score", score, ("odds", "logit"))
-        _choose("level", level, ("sample", "batch"))
-        _choose("pool", pool, ("l2", "rms"))
-        _choose("penalty", penalty, tuple(values.PENALTIES))
-        _choose("attribution", attribution, ("gradxinput", "ig"))
+        choose("AttributionRegularizer", "mode", mode, MODES)
+        choose("AttributionRegularizer", "score", score, ("odds", "logit"))
+        choose("AttributionRegularizer", "level", level, ("sample", "batch"))
+        choose("AttributionRegularizer", "pool", pool, ("l2", "rms"))
+        choose("AttributionRegularizer", "penalty", penalty, tuple(values.PENALTIES))
+        choose("AttributionRegularizer", "attribution", attribution, ("gradxinput", "ig"))
         for name, value, least in (("ig_steps", ig_steps, 1), ("warmup_steps", warmup_steps, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(

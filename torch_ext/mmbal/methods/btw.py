@@ -9,18 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mmbal._library import ops
-from mmbal.methods.rows import gather_rows, in_order, mean_over_ranks, ranks, same_container
+from mmbal.methods.rows import choose, gather_rows, in_order, mean_over_ranks, ranks, same_container
 
 TASKS = ("regression", "classification", "multilabel")
 FACTORS = ("kl+mi", "kl", "mi")
 JITTER = 1e-10  # of predictions that tie: what scikit-learn, and so the authors' code, adds; from a fixed seed
 MOST_NEIGHBORS = 64  # MMBAL_MAX_NEIGHBORS of include/mmbal/mutual_info.h
 Predictions = Mapping[str, Tensor] | Sequence[Tensor]
-
-
-def _choose(name: str, value, among: Sequence) -> None:
-    if value not in among:
-        raise ValueError(f"BTW: {name} must be one of {', '.join(map(str, among))}, got {value!r}")
 
 
 def _at_least_one(name: str, value) -> None:
@@ -113,10 +108,10 @@ class BTW(nn.Module):
         self.modalities = list(modalities)
         if isinstance(modalities, str) or not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise ValueError(f"BTW: modalities must be different names, at least one, got {modalities!r}")
-        _choose("task", task, TASKS)
-        _choose("mode", mode, ("diverge", "agree"))
-        _choose("factors", factors, FACTORS)
-        _choose("metric_mode", metric_mode, ("min", "max"))
+        choose("BTW", "task", task, TASKS)
+        choose("BTW", "mode", mode, ("diverge", "agree"))
+        choose("BTW", "factors", factors, FACTORS)
+        choose("BTW", "metric_mode", metric_mode, ("min", "max"))
         if num_samples is not None:
             _at_least_one("num_samples", num_samples)
         _at_least_one("every", every)
@@ -124,7 +119,7 @@ class BTW(nn.Module):
         if neighbors > MOST_NEIGHBORS:
             raise ValueError(f"BTW: neighbors must be at most {MOST_NEIGHBORS}, got {neighbors}")
         if isinstance(sigma, str):
-            _choose("sigma", sigma, ("residual", "fitted", "head"))
+            choose("BTW", "sigma", sigma, ("residual", "fitted", "head"))
         else:
             _positive("sigma", sigma)
         if task == "regression" and sigma == "residual" and num_samples is None:

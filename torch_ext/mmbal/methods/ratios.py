@@ -12,18 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmbal._library import ops
-from mmbal.methods.rows import in_order, sum_over_ranks
+from mmbal.methods.rows import choose, in_order, sum_over_ranks
 from mmbal.methods.sharding import whole
 
 TAU = {"rate": 1.25, "rate_unnormalised": 0.2, "mi": 0.5}  # the authors' 0.2 and 0.5; 0.2 ln 512 normalised
 OFFSET = {"rate": 0.5, "rate_unnormalised": 0.5, "mi": 0.0}
 Outputs = Mapping[str, tuple[Tensor, Tensor]]
 Significance = str | Callable[[Outputs, Tensor], Tensor]
-
-
-def choose(name: str, value, among) -> None:
-    if value not in among:
-        raise ValueError(f"AMSS: {name} must be one of {', '.join(among)}, got {value!r}")
 
 
 class Ratios:
@@ -49,10 +44,10 @@ class Ratios:
             if tau is None:
                 raise ValueError("AMSS: tau must be given with a significance of your own: its rates have a scale too")
         else:
-            choose("significance", significance, TAU)
+            choose("AMSS", "significance", significance, TAU)
             tau = TAU[significance] if tau is None else tau
             offset = OFFSET[significance] if offset is None else offset
-        choose("guard", guard, ("clamp", "official"))
+        choose("AMSS", "guard", guard, ("clamp", "official"))
         if not 0 < tau < math.inf:
             raise ValueError(f"AMSS: tau must be finite and greater than 0, got {tau}")
         if not math.isfinite(bias) or not (offset is None or math.isfinite(offset)):

@@ -9,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def choose(what: str, name: str, value, among: Sequence) -> None:
+    if value not in among:
+        raise ValueError(f"{what}: {name} must be one of {', '.join(map(str, among))}, got {value!r}")
+
+
 def in_order(what: str, name: str, given: Mapping[str, Tensor] | Sequence[Tensor], modalities: list[str]) -> list:
     """The tensors of all modalities in order: by name from a mapping, as they come from a sequence."""
     if isinstance(given, Mapping):

@@ -88,18 +88,20 @@ typedef enum mmbal_score { MMBAL_SCORE_ODDS = 0, MMBAL_SCORE_LOGIT } mmbal_score
 /* A linear head z = sum_m W_m e_m + b; of attributed modalities the embedding, of W the rows are classes. */
 typedef struct mmbal_linear_head {
     const void *const *weights; /* [M] pointers to [C, d_m] of the dtype */
+    int64_t row_stride;         /* elements from one row of each W, and of its gradient, to the next; 0: d_m */
     const void *logits;         /* [B, C] of the dtype: z */
     const int64_t *classes;     /* [B]: c*, or NULL */
     int64_t C;
     mmbal_score score;
 } mmbal_linear_head;
 
-int64_t mmbal_attribution_linear_workspace(const mmbal_attribution *attribution, int64_t C);
+int64_t mmbal_attribution_linear_workspace(const mmbal_attribution *attribution, int64_t C, const mmbal_pool *pool);
 
 /* mmbal_attribution_reg of a linear head, its gradients g_m in closed form, and the gradient of sum_b dreg[b] R[b] for
  * the head's parameters, in one call (spec: with coef = onehot(c*) - softmax over the others, v_m the backward's
  * dgradient, m = sum_m W_m v_m, zeta = -pi (m - mean of m under pi), pi that softmax):
  *   g_m = coef W_m     dW_m = coef^T v_m + zeta^T e_m     db = sum_b zeta        (logit: coef = onehot(c*), zeta = 0)
+ * Below 2^-64 a probability counts as 0 where real is float32.
  * gradient of the modalities is not read. Products and sums are in real, in an order that depends on the shapes alone.
  */
 mmbal_status mmbal_attribution_linear(const mmbal_attribution *attribution, const mmbal_linear_head *head,

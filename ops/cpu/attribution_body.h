@@ -53,12 +53,13 @@ static void NAME(attributed_second)(const mmbal_attributed *of, int64_t first, d
 }
 
 /* The sample from its gradients and embeddings. */
-static void NAME(attribute_sample)(const mmbal_attribution *t, int64_t b, attributed_sample *sample) {
+static void NAME(attribute_sample)(const attributed_rows *rows, int64_t b, attributed_sample *sample) {
+    const mmbal_attribution *t = rows->attribution;
     for (int64_t m = 0; m < t->M; m++) {
         const mmbal_attributed *of = &t->modalities[m];
         sample->a[m] = 0;
         if (!is_present(t, b, m)) continue;
-        const double squares = NAME(attributed_squares)((const STORED *)of->gradient + b * of->d,
+        const double squares = NAME(attributed_squares)((const STORED *)of->gradient + gradient_row(rows, m, b),
                                                         (const STORED *)of->embedding + b * of->d, of->d);
         sample->a[m] = sqrt(t->options.pool == MMBAL_POOL_RMS ? squares / (double)of->d : squares);
     }
@@ -71,7 +72,7 @@ static mmbal_status NAME(attribution_task)(void *context, int worker, int64_t be
     const mmbal_attribution *t = rows->attribution;
     attributed_sample sample;
     for (int64_t b = begin; b < end; b++) {
-        NAME(attribute_sample)(t, b, &sample);
+        NAME(attribute_sample)(rows, b, &sample);
         ((REAL *)rows->reg)[b] = (REAL)regulariser_of(t, b, &sample);
         for (int64_t m = 0; m < t->M; m++) {
             ((REAL *)rows->shares)[b * t->M + m] = (REAL)sample.p[m];
@@ -91,7 +92,7 @@ static void NAME(load_sample)(const attributed_rows *rows, int64_t b, attributed
     }
     up->reg = (double)((const REAL *)rows->dreg)[b];
     find_shares(rows->attribution, b, sample);
-    if (!(sample->sum >= least_sum && isfinite(sample->sum))) NAME(attribute_sample)(rows->attribution, b, sample);
+    if (!(sample->sum >= least_sum && isfinite(sample->sum))) NAME(attribute_sample)(rows, b, sample);
 }
 
 static mmbal_status NAME(attribution_backward_task)(void *context, int worker, int64_t begin, int64_t end) {
@@ -106,9 +107,9 @@ static mmbal_status NAME(attribution_backward_task)(void *context, int worker, i
         find_factors(t, b, &sample, &up, c);
         for (int64_t m = 0; m < t->M; m++) {
             const mmbal_attributed *of = &t->modalities[m];
-            const int64_t first = b * of->d;
-            NAME(attributed_gradients)((const STORED *)of->gradient + first, (const STORED *)of->embedding + first,
-                                       of->d, c[m], of->dgradient ? (STORED *)of->dgradient + first : NULL,
+            const int64_t first = b * of->d, row = gradient_row(rows, m, b);
+            NAME(attributed_gradients)((const STORED *)of->gradient + row, (const STORED *)of->embedding + first, of->d,
+                                       c[m], of->dgradient ? (STORED *)of->dgradient + row : NULL,
                                        of->dembedding ? (STORED *)of->dembedding + first : NULL);
         }
     }

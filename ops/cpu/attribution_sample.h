@@ -10,6 +10,10 @@ static const double huber_bend = 0.1; /* half of the largest deviation from equa
 
 static const double least_sum = 0x1p-64; /* of magnitudes whose shares above 1e-12 are all normal in float32 */
 
+/* A float32 probability below it counts as 0: its sums are below any rounding, and its products would soon be subnormal
+ * numbers, which take a hundred times as long. */
+static const double negligible = 0x1p-64;
+
 static inline double penalty_of(mmbal_attribution_penalty penalty, double x) {
     if (penalty == MMBAL_SQUARED) return x * x;
     if (penalty == MMBAL_L1 || fabs(x) > huber_bend) return fabs(x) - (penalty == MMBAL_HUBER ? huber_bend / 2 : 0);

@@ -109,23 +109,22 @@ typedef struct {
     const void *dreg, *dshares, *dmagnitudes;
     void *reg, *shares, *magnitudes; /* magnitudes: read by the backward ones */
     void *ddreg, *ddshares, *ddmagnitudes;
+    const int64_t *gradient_strides; /* [M]: from row to row of gradient and dgradient; NULL: d */
 } attributed_rows;
+
+static inline int64_t gradient_row(const attributed_rows *rows, int64_t m, int64_t b) {
+    return b * (rows->gradient_strides ? rows->gradient_strides[m] : rows->attribution->modalities[m].d);
+}
 
 mmbal_status mmbal_check_attribution(const mmbal_attribution *attribution);
 
-/* Of a linear head, for all samples: see attribution_linear.c. */
+/* Samples of a linear head: see attribution_linear.c. */
 typedef struct {
     const mmbal_attribution *attribution;
     const mmbal_linear_head *head;
-    void *coefficients, *zeta; /* [B, C] real */
-    void *const *gradients;    /* [M] pointers to [B, d] real: g, then v */
-    void *const *embeddings;   /* [M] pointers to [B, d] real */
-    void *const *dweights;     /* [M] pointers to [C, d] */
-    int64_t m;                 /* of linear_weights and linear_gradients */
+    void *coefficients;      /* [B, C] real */
+    void *const *embeddings; /* [M] pointers to [B, d] real, out, or to the embeddings themselves */
 } linear_rows;
-
-/* Elements of a row, and rows, that a task holds sums of; how many terms it adds to them before they are stored. */
-enum { LINEAR_TILE = 512, LINEAR_ROWS = 4, LINEAR_TERMS = 4 };
 
 /* A part of a tensor of units.h: `units` of one group, and of each the rows first_row .. end_row. Row r is the part
  * r mod parts, of ROW_PART elements at most, of outer index r / parts. */
@@ -156,7 +155,7 @@ enum { ELEMENTS_PER_TILE = 256 };
 typedef struct mmbal_row_tasks {
     mmbal_task *cross_entropy[4], *softmax_entropy[4];
     mmbal_task *attribution[4], *attribution_backward[4], *attribution_second[4];
-    mmbal_task *linear_scores[4], *linear_gradients[4], *linear_zeta[4], *linear_weights[4];
+    mmbal_task *linear_scores[4];
     /* sums[units] of the squares of a block, and the product of a block with scale[units] */
     void (*squares[4])(const unit_block *block, double *sums);
     void (*multiply[4])(const unit_block *block, const double *scale);

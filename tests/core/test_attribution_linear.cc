@@ -1,3 +1,5 @@
+#include <numeric>
+
 #include "attribution_reference.h"
 
 namespace {
@@ -106,22 +108,29 @@ struct Linear {
         }
     };
     using Change = std::function<void(mmbal_attribution &, mmbal_linear_head &)>;
-    Outputs run(const mmbal_pool &pool = mmbal_pool_serial(), const Change &change = nullptr) const {
+    // side_by_side: W and dW of all modalities are the columns of one matrix.
+    Outputs run(const mmbal_pool &pool = mmbal_pool_serial(), const Change &change = nullptr,
+                bool side_by_side = false) const {
         std::vector<mmbal_attributed> all;
         std::vector<const void *> weights;
         std::vector<Guarded<Stored>> dW;
         std::vector<void *> dweights;
-        for (int64_t m = 0; m < M(); m++) dW.emplace_back(C * d[m]);
-        for (int64_t m = 0; m < M(); m++) {
+        const int64_t width = side_by_side ? std::accumulate(d.begin(), d.end(), int64_t{0}) : 0;
+        std::vector<Stored> joined(C * width);
+        for (int64_t m = 0; m < M() && !(side_by_side && m); m++) dW.emplace_back(C * (width ? width : d[m]));
+        for (int64_t m = 0, from = 0; m < M(); from += d[m++]) {
             all.push_back({nullptr, e[m].data(), d[m], nullptr, nullptr, nullptr, nullptr});
-            weights.push_back(W[m].data()), dweights.push_back(dW[m].data());
+            for (int64_t c = 0; c < C && width; c++)
+                std::copy_n(W[m].begin() + c * d[m], d[m], joined.begin() + c * width + from);
+            weights.push_back(width ? joined.data() + from : W[m].data());
+            dweights.push_back(width ? dW[0].data() + from : dW[m].data());
         }
         mmbal_attribution of = {
             all.data(), target.data(), way.one_target ? 1 : B, present.empty() ? nullptr : present.data(), B, M(),
             T::dtype,   way.options};
-        mmbal_linear_head head = {weights.data(), logits.data(), classes.empty() ? nullptr : classes.data(), C,
+        mmbal_linear_head head = {weights.data(), width, logits.data(), classes.empty() ? nullptr : classes.data(), C,
                                   way.score};
-        Guarded<unsigned char> workspace(mmbal_attribution_linear_workspace(&of, C));
+        Guarded<unsigned char> workspace(mmbal_attribution_linear_workspace(&of, C, &pool));
         if (change) change(of, head);
         Guarded<Real> reg(B), shares(B * M()), magnitudes(B * M());
         Guarded<Stored> db(C);
@@ -255,6 +264,19 @@ TYPED_TEST(AttributionLinear, OfEqualLogitsTakesTheFirst) {
             EXPECT_TRUE(got.same_as(given.run())) << C;
             EXPECT_FALSE(got.same_as(wrong.run()) && score == MMBAL_SCORE_LOGIT) << C;
         }
+}
+
+TYPED_TEST(AttributionLinear, TakesWeightsSideBySide) {
+    for (auto [B, C] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {9, 7}, {70, 40}}) {
+        const Linear<TypeParam> p(B, C, {20, 9, 64}, {}, 9);
+        const auto each = p.run(), joined = p.run(mmbal_pool_serial(), nullptr, true);
+        for (int64_t m = 0, from = 0; m < 3; from += p.d[m++])
+            for (int64_t c = 0; c < C; c++)
+                for (int64_t i = 0; i < p.d[m]; i++)
+                    ASSERT_EQ(TypeParam::load(each.dW[m][c * p.d[m] + i]),
+                              TypeParam::load(joined.dW[0][c * 93 + from + i]));
+        EXPECT_TRUE(same_bits(each.reg, joined.reg) && same_bits(each.db, joined.db));
+    }
 }
 
 TYPED_TEST(AttributionLinear, OfOneOrTwoClassesHasNoGradientOfTheBias) {
@@ -407,6 +429,7 @@ TEST(AttributionLinearErrors, RefuseWhatIsOutsideTheContractAndTouchNothing) {
     };
     refuse(MMBAL_OK, nullptr);
     refuse(MMBAL_INVALID_ARGUMENT, [](auto &, auto &head) { head.C = 0; });
+    refuse(MMBAL_INVALID_ARGUMENT, [](auto &, auto &head) { head.row_stride = 4; });
     refuse(MMBAL_INVALID_ARGUMENT, [](auto &, auto &head) { head.score = enum_of<mmbal_score>(2); });
     refuse(MMBAL_INVALID_ARGUMENT, [](auto &of, auto &) { of.B = -1; });
     refuse(MMBAL_INVALID_ARGUMENT, [](auto &of, auto &) { of.M = 0; });
@@ -415,9 +438,10 @@ TEST(AttributionLinearErrors, RefuseWhatIsOutsideTheContractAndTouchNothing) {
     refuse(MMBAL_UNSUPPORTED, [](auto &of, auto &) { of.dtype = enum_of<mmbal_dtype>(9); });
     const mmbal_attributed one = {nullptr, good.e[0].data(), 1, nullptr, nullptr, nullptr, nullptr};
     const std::vector<mmbal_attributed> many(MMBAL_MAX_MODALITIES + 1, one);
+    const mmbal_pool serial = mmbal_pool_serial();
     mmbal_attribution of = {many.data(), good.target.data(),       1,         nullptr,
                             3,           MMBAL_MAX_MODALITIES + 1, MMBAL_F32, DEFAULT};
-    EXPECT_GE(mmbal_attribution_linear_workspace(&of, 4), 0); // does not write beyond its own tables
+    EXPECT_GE(mmbal_attribution_linear_workspace(&of, 4, &serial), 0); // does not write beyond its own tables
     refuse(MMBAL_INVALID_ARGUMENT, [&](auto &at, auto &) { at = of; });
     for (int64_t bad : {-1, 4}) {
         Linear<F32> p = good;

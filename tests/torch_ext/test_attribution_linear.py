@@ -160,6 +160,27 @@ def test_shapes_of_any_rank_and_layout_and_no_rows_are_served():
     assert not any(t.any() for t in (*empty[3], empty[4]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_side_by_side_give_gradients_side_by_side(dtype, poisoned_memory):
+    case = Case(20, 6, (40, 7, 3), dtype)
+    each = case.call(case.present)
+    whole = torch.cat(case.weights(), 1)
+    joined = ops.attribution_linear(case.e, [whole], case.logits, case.target, case.dreg, case.present)
+    assert all(map(torch.equal, each[:3], joined[:3])) and torch.equal(each[4], joined[4])
+    assert len(joined[3]) == 1 and torch.equal(torch.cat(each[3], 1), joined[3][0])
+
+
+def test_a_class_that_is_far_behind_counts_as_nothing_in_float32():
+    """Its probability would make products of subnormal numbers, which processors are slow at."""
+    case = Case(40, 30, (70, 33), torch.float32)
+    case.logits[:, 7] = -100
+    assert_same(case.call(), case.double_backward(), 2e-5, torch.float32)
+    assert not any(dweight[7].any() for dweight in case.call()[3]) and case.call()[4][7] == 0
+    double = Case(40, 30, (70, 33))
+    double.logits[:, 7] = -100
+    assert double.call()[3][0][7].any()
+
+
 def test_results_do_not_depend_on_threads(at_each_thread_count):
     case = Case(700, 40, (130, 65), torch.float32)
 
@@ -210,7 +231,8 @@ E, W = [torch.randn(4, 3), torch.randn(4, 5)], [torch.randn(6, 3), torch.randn(6
     [
         ({"embeddings": [E[0], E[1].half()]}, r"embeddings\[1\] must be float32, got float16"),
         ({"embeddings": [E[0], E[1][:3]]}, r"embeddings\[1\] must be \[B, ...\] = \[4, ...\].*got \[3, 5\]"),
-        ({"weights": W[:1]}, "weights must have one tensor for each of the embeddings, 2, got 1"),
+        ({"weights": [*W, W[0]]}, "weights must have one tensor for each of the embeddings, 2, or one for all, got 3"),
+        ({"weights": W[:1]}, r"weights\[0\] must be \[C, sum of d\] = \[6, 8\], got \[6, 3\]"),
         ({"weights": [W[0], W[0]]}, r"weights\[1\] must be \[C, d\] = \[6, 5\], got \[6, 3\]"),
         ({"weights": [W[0], W[1].double()]}, r"weights\[1\] must be float32, got float64"),
         ({"logits": torch.zeros(3, 6)}, r"logits must be \[B, C\] = \[4, \*\], got \[3, 6\]"),

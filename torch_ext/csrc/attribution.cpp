@@ -185,19 +185,29 @@ attribution_linear(Tensors embeddings, Tensors weights, Tensor logits, Tensor ta
     check_like(in.op, "logits", logits, "[B, C]", {B, -1}, in.embeddings[0]);
     const int64_t C = logits.size(1);
     STD_TORCH_CHECK(C >= 1, in.op, ": logits must have at least one class, got [", B, ", ", C, "]");
-    STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == M, in.op,
-                    ": weights must have one tensor for each of the embeddings, ", M, ", got ", weights.size());
+    const bool joined = weights.size() == 1;
+    STD_TORCH_CHECK(joined || static_cast<int64_t>(weights.size()) == M, in.op,
+                    ": weights must have one tensor for each of the embeddings, ", M, ", or one for all, got ",
+                    weights.size());
     STD_TORCH_CHECK(score == "odds" || score == "logit", in.op, ": score must be odds or logit, got ", score);
-    std::vector<const void *> weight_data;
+    int64_t width = 0; // of all modalities side by side
+    for (const mmbal_attributed &of : in.modalities) width += of.d;
     Tensors dweights;
-    std::vector<void *> dweight_data;
     for (size_t m = 0; m < weights.size(); m++) {
-        const int64_t d = in.modalities[m].d;
-        check_like(in.op, nth("weights", m).c_str(), weights[m], "[C, d]", {C, d}, in.embeddings[0]);
+        const int64_t columns = joined ? width : in.modalities[m].d;
+        check_like(in.op, nth("weights", m).c_str(), weights[m], joined ? "[C, sum of d]" : "[C, d]", {C, columns},
+                   in.embeddings[0]);
         weights[m] = in_one_piece(weights[m]);
-        weight_data.push_back(weights[m].const_data_ptr());
-        dweights.push_back(empty_kept(weights[m], {C, d}));
-        dweight_data.push_back(dweights.back().mutable_data_ptr());
+        dweights.push_back(empty_kept(weights[m], {C, columns}));
+    }
+    std::vector<const void *> weight_data;
+    std::vector<void *> dweight_data;
+    int64_t first = 0; // byte of a modality's columns
+    for (size_t m = 0; m < in.modalities.size(); m++) {
+        const size_t of = joined ? 0 : m;
+        weight_data.push_back(static_cast<const char *>(weights[of].const_data_ptr()) + first);
+        dweight_data.push_back(static_cast<char *>(dweights[of].mutable_data_ptr()) + first);
+        first += joined ? in.modalities[m].d * static_cast<int64_t>(weights[of].element_size()) : 0;
     }
     logits = in_one_piece(logits);
     if (classes) {
@@ -208,10 +218,14 @@ attribution_linear(Tensors embeddings, Tensors weights, Tensor logits, Tensor ta
     dreg = in.real_input("dreg", dreg, "[B]", {B});
     Tensor reg = in.real({B}), shares = in.real({B, M}), magnitudes = in.real({B, M});
     Tensor dbias = torch::stable::new_empty(logits, {C});
-    const mmbal_linear_head head{weight_data.data(), logits.const_data_ptr(), classes ? index_data(*classes) : nullptr,
-                                 C, score == "logit" ? MMBAL_SCORE_LOGIT : MMBAL_SCORE_ODDS};
+    const mmbal_linear_head head{weight_data.data(),
+                                 joined ? width : 0,
+                                 logits.const_data_ptr(),
+                                 classes ? index_data(*classes) : nullptr,
+                                 C,
+                                 score == "logit" ? MMBAL_SCORE_LOGIT : MMBAL_SCORE_ODDS};
     TorchPool workers;
-    const Workspace workspace(mmbal_attribution_linear_workspace(&in.attribution, C));
+    const Workspace workspace(mmbal_attribution_linear_workspace(&in.attribution, C, workers.get()));
     const mmbal_status status = mmbal_attribution_linear(
         &in.attribution, &head, dreg.const_data_ptr(), reg.mutable_data_ptr(), shares.mutable_data_ptr(),
         magnitudes.mutable_data_ptr(), dweight_data.data(), dbias.mutable_data_ptr(), workspace.data(), workers.get());

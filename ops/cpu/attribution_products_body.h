@@ -28,7 +28,9 @@ static mmbal_status NAME(pack_task)(void *context, int worker, int64_t begin, in
         const STORED *weights = (const STORED *)t->head->weights[at.m] + at.first;
         const int64_t stride = weight_stride(t->head, at.d);
         REAL *panel = (REAL *)t->packed[at.m] + at.first * C, *turned = (REAL *)t->turned[at.m] + at.first * wide;
-        for (int64_t c = 0; c < C; c++)
+        fetch ahead = make_fetch(weights, stride * (int64_t)sizeof(STORED), C, at.count * (int64_t)sizeof(STORED));
+        fetch_lines_now(&ahead, 2 * FETCH_AHEAD * ahead.lines);
+        for (int64_t c = 0; c < C; c++, fetch_lines_now(&ahead, ahead.lines))
             for (int64_t i = 0; i < wide; i++) panel[c * wide + i] = i < at.count ? LOAD(weights[c * stride + i]) : 0;
         for (int64_t c = 0; c < C && t->has_zeta; c += wide, turned += at.d * wide) {
             const int64_t here = least(wide, C - c);
@@ -88,7 +90,10 @@ static void NAME(pack_samples)(const linear_products *t, columns at, REAL *panel
     for (int64_t half = 0; half < t->depth; half += B) {
         const REAL *rows = (const REAL *)(half ? t->embeddings : t->gradients)[at.m] + at.first;
         const int64_t stride = half ? at.d : t->gradient_strides[at.m];
+        fetch ahead = make_fetch(rows, stride * (int64_t)sizeof(REAL), B, at.count * (int64_t)sizeof(REAL));
+        fetch_lines_now(&ahead, FETCH_AHEAD * ahead.lines);
         for (int64_t b = 0; b < B; b++) {
+            fetch_lines_now(&ahead, ahead.lines);
             REAL *to = panels + (half + b) * wide;
             for (int64_t i = 0; i < at.count; i += wide, to += t->panel_elements) {
                 if (at.count - i < wide) memset(to, 0, sizeof(REAL) * (size_t)wide);

@@ -152,7 +152,8 @@ def test_auto_is_closed_where_the_head_is_linear_and_reuses_the_logits(monkeypat
     regularizer = AttributionRegularizer(NAMES, head)
     z = head(torch.cat(list(e.values()), 1))
     expected = gradient(AttributionRegularizer(NAMES, head, mode="double"), e)
-    assert relative(gradient(regularizer, e, z), expected) < 1e-12  # the first call looks whether they are the head's
+    for _ in range(2):  # the first calls look whether they are the head's
+        assert relative(gradient(regularizer, e, z), expected) < 1e-12
     monkeypatch.setattr(nn.Linear, "forward", None)
     assert relative(gradient(regularizer, e, z), expected) < 1e-12
 

@@ -182,7 +182,7 @@ CALLED = [
     ({}, {"masks": {"text": None}}, r"masks must have keys among \['audio', 'video'\], got \['text'\]"),
     ({}, {"masks": {"audio": torch.ones(4, 5).bool()}}, r"masks\['audio'\] must be bool \[B, T\] = \[4, 6\]"),
     ({}, {"logits": torch.zeros(4, 2)}, r"logits must be \[4, 3\], got \[4, 2\]"),
-    ({}, {"logits": torch.ones(4, 3)}, r"logits must be what head makes of the embeddings side by side"),
+    ({}, {"logits": torch.ones(4, 3)}, r"logits must be what head makes of these embeddings side by side"),
     (
         {"mode": "closed"},
         {"embeddings": [torch.ones(4, 2, 6), torch.ones(4, 2, 6)]},

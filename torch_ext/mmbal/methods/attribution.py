@@ -3,7 +3,6 @@ Regularization for Multimodal Paradigms", arXiv 2404.02359)."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -11,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmbal._library import ops
+from mmbal.methods import attribution_closed as closed
+from mmbal.methods import attribution_inputs as inputs
 from mmbal.methods import attribution_routes as routes
 from mmbal.methods import attribution_values as values
+from mmbal.methods.attribution_inputs import Embeddings, Shares
 from mmbal.methods.embedding_tap import EmbeddingTap
-from mmbal.methods.rows import choose, in_order
+from mmbal.methods.rows import choose
 
 MODES = ("auto", "double", "forward", "difference", "closed")
-Embeddings = Mapping[str, Tensor] | Sequence[Tensor]
-Shares = Mapping[str, float] | Sequence[float] | Tensor
 
 
 class AttributionInfo(NamedTuple):
@@ -140,11 +139,7 @@ class AttributionRegularizer:
         eps: float = 1e-12,
     ):
         self.tap = modalities if isinstance(modalities, EmbeddingTap) else None
-        self.modalities = list(modalities if self.tap is None else self.tap.modalities)
-        if isinstance(modalities, str) or len(self.modalities) < 2 or len(set(self.modalities)) < len(self.modalities):
-            raise ValueError(
-                f"AttributionRegularizer: modalities must be different names, at least two, got {modalities!r}"
-            )
+        self.modalities = inputs.names(modalities if self.tap is None else self.tap.modalities)
         choose("AttributionRegularizer", "mode", mode, MODES)
         choose("AttributionRegularizer", "score", score, ("odds", "logit"))
         choose("AttributionRegularizer", "level", level, ("sample", "batch"))
@@ -167,25 +162,25 @@ class AttributionRegularizer:
         self.pool, self.penalty, self.attribution, self.ig_steps = pool, penalty, attribution, ig_steps
         self.baseline, self.difference_step, self.eps = baseline, difference_step, eps
         self.warmup_steps, self.steps = warmup_steps, 0
-        self._alone = None if head is None else routes.HeadAlone(head)
+        if parameters is None and not isinstance(head, nn.Module) and self.tap is None:
+            raise ValueError("AttributionRegularizer: parameters must be the head's, for head is no module, got None")
+        self._parameters = None if parameters is None else list(parameters)
+        self._alone = None if head is None else routes.HeadAlone(head, self.head_parameters)
         if isinstance(head, nn.ModuleDict) and list(head) != self.modalities:
             raise ValueError(
                 f"AttributionRegularizer: head must have the keys {self.modalities} in this order, got {list(head)}"
             )
-        self._linears = [] if head is None else values.linear_parts(self._alone.head)
-        reasons = self._why_not_closed()
-        if mode == "closed" and reasons:
+        if mode == "closed" and (reasons := self._why_not_closed(closed.linear_parts(head))):
             raise ValueError(f"AttributionRegularizer: mode 'closed' needs {reasons}")
-        self._always_double = bool(reasons)
-        if parameters is None and not isinstance(head, nn.Module) and self.tap is None:
-            raise ValueError("AttributionRegularizer: parameters must be the head's, for head is no module, got None")
-        self._parameters = None if parameters is None else list(parameters)
-        self._shares = torch.ones(len(self.modalities), dtype=torch.float64) if shares is None else self._asked(shares)
-        self._checked = self._warned = False
+        M = len(self.modalities)
+        self._shares = torch.ones(M, dtype=torch.float64) if shares is None else inputs.shares(shares, self.modalities)
+        self._examined: tuple | None = None  # the trainable parameters that the head was last examined with
+        self._given = 0  # calls with logits
+        self._warned: set[str] = set()
 
-    def _why_not_closed(self) -> str:
+    def _why_not_closed(self, parts: list[nn.Linear]) -> str:
         needs = [
-            (not self._linears, "a torch.nn.Linear as head or an nn.ModuleDict of them"),
+            (not parts, "a torch.nn.Linear as head or an nn.ModuleDict of them, no parameter of which is tied"),
             (self.level != "sample", "level 'sample'"),
             (self.attribution != "gradxinput", "attribution 'gradxinput'"),
             (self.baseline is not None, "no baseline"),
@@ -200,7 +195,7 @@ class AttributionRegularizer:
             found = list(self.head.parameters())
         else:
             found = self.tap.head_parameters()
-        if any(hasattr(p, "device_mesh") for p in found):
+        if any(hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter" for p in found):
             raise NotImplementedError("AttributionRegularizer: the head's parameters must not be sharded (FSDP)")
         return [p for p in found if p.requires_grad]
 
@@ -219,8 +214,8 @@ class AttributionRegularizer:
         """(value, info): the batch's mean penalty, a scalar to add to a loss, and what it is made of.
 
         embeddings : {name: [B, D] or [B, T, D]} or in order; left out with a tap.
-        logits : [B, C] of the model's forward pass. Needed without ``head``; with it they spare a linear head a pass,
-            and the predicted class is theirs.
+        logits : [B, C] of the model's forward pass with the head as it is now. Needed without ``head``; with it they
+            spare a linear head a pass, and the predicted class is theirs.
         target : [B] int64 labels, instead of the predicted classes.
         present : [B, M] bool.
         shares : see the class; of this call alone.
@@ -230,28 +225,33 @@ class AttributionRegularizer:
             raise RuntimeError("AttributionRegularizer: call it outside of torch.compile: it needs second derivatives")
         each = self._embeddings(embeddings)
         recorded = torch.is_grad_enabled()
-        self.steps += recorded
-        differentiate = recorded and self.steps > self.warmup_steps and each[0].shape[0] > 0
-        parameters = self.head_parameters() if differentiate else []
+        parameters = self.head_parameters() if recorded and each[0].shape[0] > 0 else []
+        differentiate = recorded and self.steps >= self.warmup_steps and each[0].shape[0] > 0
         if logits is not None and logits.dim() == 1:
             logits = logits.unsqueeze(1)
-        device = each[0].device.type
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-            q = self._shares if shares is None else self._asked(shares)
-            if q.dim() == 2 and (len(q) != len(each[0]) or self.level == "batch"):
-                what = "[M] with level 'batch'" if self.level == "batch" else f"[M] or [B, M] with B = {len(each[0])}"
-                raise ValueError(f"AttributionRegularizer: shares must be {what}, got {list(q.shape)}")
-            padding = self._masks(masks, each)
-            asked = values.ask(q, present, each, padding)
-            if self._closed(each, masks):
-                value, info, gradients = self._linear(each, logits, target, asked, parameters)
+        with routes.as_usual(each[0].device.type):
+            q = self._shares if shares is None else inputs.shares(shares, self.modalities)
+            q = inputs.shares_of_call(q, len(each[0]), self.level)
+            present = inputs.present(present, each)
+            new = bool(parameters) and tuple(map(id, parameters)) != self._examined
+            if new:
+                self._check_not_tied(parameters)
+            parts = self._closed_parts(each, masks)
+            if parts:
+                value, info, gradients = self._linear(parts, each, logits, target, q, present, parameters)
             else:
-                value, info, gradients = self._general(each, logits, target, asked, padding, parameters, recorded)
+                padding = inputs.masks(masks, self.modalities, each)
+                asked = values.ask(q, present, each, padding)
+                value, info, gradients = self._general(
+                    each, logits, target, asked, padding, parameters, recorded, differentiate, new
+                )
             if differentiate and any(g is not None for g in gradients):
                 value = routes.WithGradients.apply(value, gradients, *parameters)
             elif recorded and not differentiate:
                 value = torch.zeros_like(value)
-        return value, AttributionInfo(self.modalities, *info)
+        self._examined = tuple(map(id, parameters)) if parameters else self._examined
+        self.steps += recorded
+        return value, AttributionInfo(list(self.modalities), *info)
 
     def backward(self, value: Tensor, weight: float | Tensor = 1.0) -> None:
         """Adds weight times the gradient of value to ``.grad`` of the head's parameters, and to nothing else."""
@@ -271,93 +271,80 @@ class AttributionRegularizer:
             if self.tap is None:
                 raise ValueError("AttributionRegularizer: embeddings must be given where there is no tap, got None")
             given = self.tap.embeddings
-        each = in_order("AttributionRegularizer", "embeddings", given, self.modalities)
-        for name, e in zip(self.modalities, each, strict=True):
-            if not e.is_floating_point() or e.dim() < 2 or e.shape[0] != each[0].shape[0]:
-                raise ValueError(
-                    f"AttributionRegularizer: embeddings[{name!r}] must be floating point [B, ...] = "
-                    f"[{each[0].shape[0] if each[0].dim() else ''}, ...], got {e.dtype} {list(e.shape)}"
-                )
-        sizes = [e[:1].numel() for e in each]
-        if self.pool == "l2" and not self._warned and each[0].shape[0] and max(sizes) > 4 * min(sizes):
-            self._warned = True
-            warnings.warn(
-                f"AttributionRegularizer: embeddings of {sizes} elements a sample: the l2 pool grows with them; "
-                "pool='rms' does not",
-                stacklevel=3,
-            )
+        each = inputs.embeddings(given, self.modalities)
+        if self.pool == "l2" and "sizes" not in self._warned and len(each[0]) and inputs.sizes_differ(each):
+            self._warned.add("sizes")
         return each
 
-    def _asked(self, shares: Shares) -> Tensor:
-        """[M] or [B, M] in float64."""
-        if isinstance(shares, Mapping):
-            shares = in_order("AttributionRegularizer", "shares", shares, self.modalities)
-        q, M = torch.as_tensor(shares, dtype=torch.float64).detach(), len(self.modalities)
-        if q.dim() not in (1, 2) or q.shape[-1] != M:
-            raise ValueError(f"AttributionRegularizer: shares must be [M] or [B, M], M = {M}, got {list(q.shape)}")
-        if not bool(((q >= 0) & (q < math.inf)).all()) or not bool((q.sum(-1) > 0).all()):
-            raise ValueError(
-                f"AttributionRegularizer: shares must be finite, not negative, with a sum above 0, got {shares}"
-            )
-        return q
+    def _check_not_tied(self, parameters: Sequence[Tensor]) -> None:
+        encoders = {} if self.tap is None else self.tap.encoders
+        owner = {id(p): name for name, module in encoders.items() for p in module.parameters()}
+        for p in parameters:
+            if id(p) in owner:
+                raise ValueError(
+                    f"AttributionRegularizer: parameters must be the head's alone, got one {list(p.shape)} that "
+                    f"encoder {owner[id(p)]!r} has too"
+                )
 
-    def _baselines(self, each: list[Tensor]) -> list[Tensor] | None:
-        if self.baseline is None:
-            return None
-        given = in_order("AttributionRegularizer", "baseline", self.baseline, self.modalities)
-        return [torch.as_tensor(b).detach().to(e) for b, e in zip(given, each, strict=True)]
+    def _comparison_is_due(self, logits: Tensor | None, B: int) -> bool:
+        """Given logits are compared with the head's in the first, second, fourth, eighth, ... call that has some."""
+        self._given += logits is not None and B > 0
+        return logits is not None and B > 0 and self._given & (self._given - 1) == 0
 
     # --- The two ways ----------------------------------------------------------------------------------------------
 
-    def _closed(self, each: list[Tensor], masks) -> bool:
-        possible = not self._always_double and masks is None and all(e.dim() == 2 for e in each)
-        if self.mode == "closed" and not possible:
-            got = f"{[list(e.shape) for e in each]}" + ("" if masks is None else " with masks")
-            raise ValueError(f"AttributionRegularizer: mode 'closed' needs embeddings [B, D] without masks, got {got}")
-        return possible and self.mode in ("auto", "closed")
+    def _closed_parts(self, each: list[Tensor], masks) -> list[nn.Linear]:
+        """The layers of a linear head where the closed form serves, else none."""
+        if self.mode not in ("auto", "closed"):
+            return []
+        parts = [] if self._alone is None else closed.linear_parts(self._alone.head)
+        reasons = self._why_not_closed(parts)
+        if not reasons and not masks and all(e.dim() == 2 for e in each):
+            return parts
+        if self.mode == "closed":
+            got = f"{[list(e.shape) for e in each]}" + (" with masks" if masks else "")
+            needs = reasons or "embeddings [B, D] without masks"
+            raise ValueError(f"AttributionRegularizer: mode 'closed' needs {needs}, got {got}")
+        return []
 
-    def _linear(self, each, logits, target, asked: values.Asked, parameters):
-        alone, parts = self._alone, self._linears
-        e = [x.detach().to(alone.dtype) for x in each]
-        weights = [w.detach() for w in values.weights_of(parts, [x.shape[1] for x in e])]
-        if logits is None or logits.dtype != alone.dtype or not self._checked:
+    def _linear(self, parts, each, logits, target, q, present, parameters):
+        alone, dtype = self._alone, parts[0].weight.dtype
+        closed.check_widths(parts, each)
+        e = [x.detach() if x.dtype == dtype else x.detach().to(dtype) for x in each]
+        due, usable = self._comparison_is_due(logits, len(e[0])), logits is not None and logits.dtype == dtype
+        own = None
+        if due or not usable:
             with torch.no_grad():
                 own = alone(e)
-            if not self._checked and logits is not None:
-                values.check_same(own, logits)
-            self._checked, logits = True, (own if logits is None or logits.dtype != alone.dtype else logits)
-        real = torch.promote_types(alone.dtype, torch.float32)
-        dreg_B = asked.counted.to(real) / max(len(asked.counted), 1)
-        with torch.no_grad():
-            reg_B, shares, magnitudes, dweights, dbias = ops.attribution_linear(
-                e,
-                weights,
-                logits.detach(),
-                asked.q,
-                dreg_B,
-                asked.present,
-                routes.decided(logits, target),
-                self.score,
-                self.pool,
-                self.penalty,
-                self.eps,
-            )
-        info = asked.info(shares, magnitudes)
-        found = values.gradients_of(parts, dweights, None if self.score == "logit" else dbias)
-        return (reg_B * dreg_B).sum(), info, [found.get(id(p)) for p in parameters]
+            if due and closed.apart(own, logits) > 1:
+                raise ValueError(
+                    "AttributionRegularizer: logits must be what head makes of these embeddings side by side, in the "
+                    "order of modalities, got others: leave logits out if there is dropout between them or the head "
+                    "has changed since"
+                )
+        decision, logits = own if logits is None else logits, logits.detach() if usable else own
+        classes = None if target is None and (usable or decision is own) else routes.decided(decision, target)
+        options = (self.score, self.pool, self.penalty, self.eps)
+        value, info, found = closed.regularizer(parts, e, logits, classes, q, present, options)
+        return value, info, [found.get(id(p)) for p in parameters]
 
-    def _general(self, each, logits, target, asked: values.Asked, masks, parameters, recorded: bool):
-        alone, own_graph, second = self._alone, self._alone is None, bool(parameters)
+    def _general(self, each, logits, target, asked: values.Asked, masks, parameters, recorded, second, new):
+        """second: gradients for the parameters are asked for; new: the head has to be examined."""
+        alone, own_graph = self._alone, self._alone is None
+        second = second and bool(parameters)
         if own_graph:
-            self._check_own_graph(each, logits, parameters, recorded)
+            self._check_own_graph(each, logits, parameters if new else [], recorded)
             e, score_logits = each, logits
         else:
             e = alone.leaves(each)
-        baselines = self._baselines(e)
+            if self.mode == "difference" and (second or new) and e[0].element_size() < 4:
+                raise ValueError(f"AttributionRegularizer: mode 'difference' needs a head in float32, got {e[0].dtype}")
+        due = not own_graph and self._comparison_is_due(logits, len(e[0])) and alone.repeats
+        baselines = inputs.baselines(self.baseline, self.modalities, e)
         points = [e] if self.attribution == "gradxinput" else values.midpoints(e, baselines, self.ig_steps)
         classes = None if logits is None else routes.decided(logits, target)
-        double = second and self.mode in ("auto", "double")
-        g, first = [], None
+        double = (second or new) and self.mode in ("auto", "double")
+        g, first, size = [], None, None
         for point in points:
             if not own_graph:
                 if classes is None and point is not e:
@@ -366,19 +353,24 @@ class AttributionRegularizer:
                 score_logits = alone(point)
             first = score_logits if first is None else first
             classes = routes.decided(score_logits, target) if classes is None else classes
-            if double and not own_graph and not self._checked:
+            if double and not own_graph and new:
                 routes.check_second_order(score_logits, point)
-            if second and self.mode == "difference":
+            if (second or new) and self.mode == "difference":
                 routes.check_smooth(score_logits, point, alone.modules)
             s = routes.score_of(score_logits, classes, self.score)
             if s.shape[0] != e[0].shape[0]:
                 raise ValueError(
                     f"AttributionRegularizer: logits must be [B, C] with B = {e[0].shape[0]}, got {list(first.shape)}"
                 )
+            size = s.detach().abs() if size is None else torch.maximum(size, s.detach().abs())
             g.append(routes.gradients_for(s, point, double, keep=own_graph))
-            if double and not self._checked:
-                routes.check_differentiable(g[-1], point)
-        self._checked = True
+            if double and new:
+                routes.check_differentiable([one for one in g[-1] if one is not None], point)
+        if due and self.attribution == "gradxinput":
+            self._warn_of_other_logits(closed.apart(first, logits))
+        if own_graph:
+            self._check_reached(g[0])
+        g = [[torch.zeros_like(x) if one is None else one for one, x in zip(of, e, strict=True)] for of in g]
         g = [sum(of_points) / len(points) if len(points) > 1 else of_points[0] for of_points in zip(*g, strict=True)]
         delta = values.inputs(e, baselines, masks, self.pool)
         value, info, v = values.regularizer(g, delta, asked, self.level, self.pool, self.penalty, self.eps, second)
@@ -390,7 +382,7 @@ class AttributionRegularizer:
             gradients = routes.forward(alone, points, v, classes, self.score, parameters)
         else:
             step = self.difference_step
-            gradients = routes.difference(alone, points, v, classes, self.score, parameters, step)
+            gradients = routes.difference(alone, points, v, classes, self.score, parameters, step, size)
         return value, info, gradients
 
     def _check_own_graph(self, each, logits, parameters, recorded: bool) -> None:
@@ -398,24 +390,30 @@ class AttributionRegularizer:
             raise ValueError("AttributionRegularizer: logits must be given where head is None, got None")
         if not recorded or not logits.requires_grad or not all(e.requires_grad for e in each):
             raise RuntimeError(
-                "AttributionRegularizer: without head it needs the graph from every embedding to the logits: record "
-                "gradients (a tap does for frozen encoders), or give head"
+                "AttributionRegularizer: without head it needs the graph from every embedding to the logits: call the "
+                "model and this where gradients are recorded, not under torch.no_grad, or give head"
             )
-        if not self._checked and parameters:
+        if parameters:
             routes.check_second_order(logits, each)
             routes.check_not_upstream(dict(zip(self.modalities, each, strict=True)), parameters)
 
-    def _masks(self, masks: Mapping[str, Tensor] | None, each: list[Tensor]) -> list[Tensor | None]:
-        masks = dict(masks or {})
-        if unknown := set(masks) - set(self.modalities):
-            raise ValueError(
-                f"AttributionRegularizer: masks must have keys among {self.modalities}, got {sorted(unknown)}"
+    def _check_reached(self, gradients: Sequence[Tensor | None]) -> None:
+        missing = [name for name, g in zip(self.modalities, gradients, strict=True) if g is None]
+        why = "did the model run again since, or does a tap's select give a tensor that the model does not go on with?"
+        if missing and len(missing) == len(self.modalities):
+            raise RuntimeError(f"AttributionRegularizer: logits must depend on the embeddings, and do not: {why}")
+        if missing and missing[0] not in self._warned:
+            self._warned.update(missing)
+            warnings.warn(
+                f"AttributionRegularizer: logits do not depend on the embeddings of {missing}, whose share is 0: {why}",
+                stacklevel=4,
             )
-        for name, e in zip(self.modalities, each, strict=True):
-            mask = masks.get(name)
-            if mask is not None and (mask.dtype != torch.bool or mask.shape != e.shape[:2]):
-                raise ValueError(
-                    f"AttributionRegularizer: masks[{name!r}] must be bool [B, T] = {list(e.shape[:2])}, "
-                    f"got {mask.dtype} {list(mask.shape)}"
-                )
-        return [masks.get(name) for name in self.modalities]
+
+    def _warn_of_other_logits(self, apart: float) -> None:
+        if apart > 1 and "logits" not in self._warned:
+            self._warned.add("logits")
+            warnings.warn(
+                "AttributionRegularizer: logits are not what head makes of the embeddings: are they of this step, and "
+                "does head take them in the order of modalities, with nothing between?",
+                stacklevel=4,
+            )

@@ -78,9 +78,6 @@ class AttributionMonitor:
 
     def plot(self, path: str | Path, asked: Mapping[str, float] | Sequence[float] | None = None) -> None:
         """Writes a PNG of the shares over the steps, as a whole or not at all. asked: drawn dashed."""
-        import matplotlib
-
-        matplotlib.use("agg", force=False)
         from matplotlib.figure import Figure
 
         from mmbal.demo.model import replace_file
@@ -89,7 +86,9 @@ class AttributionMonitor:
             raise RuntimeError("AttributionMonitor: there is nothing to plot yet: call it with an info first")
         figure = Figure(figsize=(7, 4), layout="constrained")
         axis = figure.subplots()
-        asked = dict(zip(self.history, asked, strict=True)) if isinstance(asked, Sequence) else dict(asked or {})
+        if asked is not None and not isinstance(asked, Mapping):
+            asked = dict(zip(self.history, [float(share) for share in asked], strict=True))
+        asked = dict(asked or {})
         for i, (name, values) in enumerate(self.history.items()):
             axis.plot(self.steps, values, color=f"C{i}", marker="o" if len(values) == 1 else None, label=name)
             if name in asked:

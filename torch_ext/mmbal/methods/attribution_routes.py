@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 Run = Callable[[Sequence[Tensor]], Tensor]
 Gradients = list[Tensor | None]
@@ -40,7 +44,7 @@ def decided(logits: Tensor, target: Tensor | None = None) -> Tensor:
     if logits.dim() == 1:
         logits = logits.unsqueeze(1)
     predicted = logits.argmax(-1)
-    if target is None:
+    if target is None or logits.shape[-1] == 1:  # a single output has one attribution, whatever the label is
         return predicted
     if target.dtype != torch.int64 or target.shape not in (predicted.shape, predicted.shape[:1]):
         raise ValueError(
@@ -73,8 +77,11 @@ def score_of(logits: Tensor, classes: Tensor, score: str) -> Tensor:
             itself = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, chosen, True)
             others = z.masked_fill(itself, -torch.inf)
             largest = others.detach().amax(-1, keepdim=True)
+            alone = largest == -torch.inf  # no other class is left: the odds are the logit, but for a constant
+            largest = largest.masked_fill(alone, 0.0)
             # torch.logsumexp has no second derivative by forward AD.
-            s = s - (others - largest).exp().sum(-1).log() - largest.squeeze(-1)
+            total = (others - largest).exp().sum(-1, keepdim=True).masked_fill(alone, 1.0)
+            s = s - (total.log() + largest).squeeze(-1)
     return s if s.dim() == 1 else s.flatten(1).mean(1)
 
 
@@ -89,22 +96,58 @@ def unwrapped(head: Callable) -> Callable:
         head = inner
 
 
+def as_usual(device: str) -> ExitStack:
+    """A context in which gradients are recorded and nothing is cast; it costs nothing where that is so already."""
+    stack = ExitStack()
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+    if not torch.is_grad_enabled():
+        stack.enter_context(torch.enable_grad())
+    if torch.is_autocast_enabled(device):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
 class HeadAlone:
     """Runs a head on embeddings by itself, as often as a route needs, and leaves no trace: outside autocast, attention
-    by torch's plain formula (the fused kernels have no second derivative), batch norms by their running statistics and
-    without updating them, dropout with the same numbers in every run and torch's generators as they were. A compiled
-    head runs uncompiled: compiled graphs have no second derivative."""
+    by torch's plain formula (the fused kernels have no second derivative), norms by their running statistics and
+    without updating them, spectral norms without another iteration, dropout with the same numbers in every run and
+    torch's generators as they were. A compiled head runs uncompiled: compiled graphs have no second derivative."""
 
-    def __init__(self, head: Callable):
-        self.head = unwrapped(head)
-        self.concatenates = isinstance(self.head, (nn.Linear, nn.Sequential))
-        self.modules = list(self.head.modules()) if isinstance(self.head, nn.Module) else []
-        parameters = [p for module in self.modules for p in module.parameters(False) if p.is_floating_point()]
-        self.dtype = parameters[0].dtype if parameters else None
+    def __init__(self, head: Callable, parameters: Callable[[], list]):
+        self.head, self._parameters = unwrapped(head), parameters
+        self.concatenates = isinstance(self.head, (nn.Linear, nn.Sequential)) and type(self.head).forward in (
+            nn.Linear.forward,
+            nn.Sequential.forward,
+        )
+        owner = self.head if isinstance(self.head, nn.Module) else getattr(self.head, "__self__", None)
+        self.owner = owner if isinstance(owner, nn.Module) else None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What is known of them: of a function none."""
+        return [] if self.owner is None else list(self.owner.modules())
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        own = self.head.parameters() if isinstance(self.head, nn.Module) else self._parameters()
+        return next((p.dtype for p in own if p.is_floating_point()), None)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether another run gives what the model's own run gave: no dropout, no statistics of the batch."""
+        if not isinstance(self.head, nn.Module):
+            return False
+        for m in self.modules:
+            drops = m.p if isinstance(m, _DropoutNd) else getattr(m, "dropout", 0)
+            if m.training and (isinstance(m, _NormBase) or (isinstance(drops, float) and drops > 0)):
+                return False
+        return True
 
     def leaves(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
         """Leaf copies in the head's dtype; they share memory where nothing changes."""
-        cast = [e.detach() if self.dtype is None else e.detach().to(self.dtype) for e in embeddings]
+        dtype = self.dtype
+        cast = [e.detach() if dtype is None else e.detach().to(dtype) for e in embeddings]
         return [(e.clone() if e.is_inference() else e).requires_grad_() for e in cast]
 
     def __call__(self, embeddings: Sequence[Tensor]) -> Tensor:
@@ -122,13 +165,18 @@ class HeadAlone:
 
     @contextmanager
     def _alone(self, device: torch.device):
-        norms = [m for m in self.modules if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
         with ExitStack() as stack:
+
+            def keep_state(module: nn.Module, inputs) -> None:
+                norm = isinstance(module, _NormBase) and module.running_mean is not None
+                spectral = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+                if module.training and (norm or spectral or isinstance(module, _SpectralNorm)):
+                    module.training = False
+                    stack.callback(setattr, module, "training", True)
+
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            for norm in norms:
-                norm.training = False
-                stack.callback(setattr, norm, "training", True)
+            stack.callback(register_module_forward_pre_hook(keep_state).remove)
             yield
 
 
@@ -148,8 +196,8 @@ def nodes(tensor: Tensor, ends: Sequence = ()) -> Iterator:
             waiting += [following for following, _ in node.next_functions]
 
 
-def names_between(logits: Tensor, embeddings: Sequence[Tensor]) -> list[str]:
-    """Of the nodes that lie between: what is beside them is derived once only."""
+def between(logits: Tensor, embeddings: Sequence[Tensor]) -> set:
+    """The nodes that lie between: what is beside them is derived once only."""
     ends = {get_gradient_edge(e).node for e in embeddings}
     above: dict = {}
     for node in nodes(logits, ends):
@@ -162,11 +210,11 @@ def names_between(logits: Tensor, embeddings: Sequence[Tensor]) -> list[str]:
         if node not in found:
             found.add(node)
             waiting += above.get(node, [])
-    return [type(node).__name__ for node in found]
+    return found
 
 
 def check_second_order(logits: Tensor, embeddings: Sequence[Tensor]) -> None:
-    for name in names_between(logits, embeddings):
+    for name in (type(node).__name__ for node in between(logits, embeddings)):
         if name.startswith("CompiledFunction"):
             raise RuntimeError(
                 "AttributionRegularizer: the logits come from a compiled graph, which has no second derivative: "
@@ -196,8 +244,11 @@ def check_differentiable(gradients: Sequence[Tensor], embeddings: Sequence[Tenso
 def check_smooth(logits: Tensor, embeddings: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
     """As far as it can be found out: a function written by hand may hide a kink."""
     found = [type(m).__name__ for m in modules if isinstance(m, KINK_MODULES)]
-    for name in names_between(logits, embeddings):
-        if name.startswith(KINKS):
+    for node in between(logits, embeddings):
+        name = type(node).__name__
+        # x below 0 has the slope alpha input_scale there: CELU is smooth, ELU with alpha 1 too, SELU is not.
+        bent = name.startswith("Elu") and abs(node._saved_alpha * node._saved_input_scale - 1) > 1e-6
+        if bent or name.startswith(KINKS):
             found.append(name.split("Backward")[0])
     if found:
         raise ValueError(
@@ -222,16 +273,15 @@ def check_not_upstream(embeddings: dict[str, Tensor], parameters: Sequence[Tenso
 # --- First order ------------------------------------------------------------------------------------------------------
 
 
-def gradients_for(score: Tensor, embeddings: Sequence[Tensor], graph: bool, keep: bool = False) -> list[Tensor]:
-    """g of each modality, zeros where the score does not depend on one. keep: the graph behind is needed again."""
+def gradients_for(score: Tensor, embeddings: Sequence[Tensor], graph: bool, keep: bool = False) -> Gradients:
+    """g of each modality, None where the score does not depend on one. keep: the graph behind is needed again."""
     if not score.requires_grad:
-        return [torch.zeros_like(e) for e in embeddings]
+        return [None] * len(embeddings)
     # A once_differentiable function says so only where what is upstream needs a gradient, and is wrong otherwise.
     ones = torch.ones_like(score, requires_grad=graph)
-    found = torch.autograd.grad(
-        score, embeddings, ones, create_graph=graph, retain_graph=graph or keep, allow_unused=True
+    return list(
+        torch.autograd.grad(score, embeddings, ones, create_graph=graph, retain_graph=graph or keep, allow_unused=True)
     )
-    return [torch.zeros_like(e) if g is None else g for g, e in zip(found, embeddings, strict=True)]
 
 
 # --- From v to the head's parameters ----------------------------------------------------------------------------------
@@ -273,15 +323,17 @@ def forward(run: Run, points, v: Sequence[Tensor], classes: Tensor, score: str, 
         ) from error
 
 
-def difference(run: Run, points, v, classes: Tensor, score: str, parameters, step: float) -> Gradients:
+def difference(run: Run, points, v, classes: Tensor, score: str, parameters, step: float, size: Tensor) -> Gradients:
     """Backward of the score's central difference along v: no second derivative of the head is needed. Each sample's
-    step is ``step`` times the length of its embeddings."""
+    step is ``step`` times the length of its embeddings, shorter by the score's size [B] where that is above 1: the
+    change of the score, not of the embeddings, is what has to stay small."""
 
     def length(tensors):
         return sum(t.flatten(1).double().square().sum(1) for t in tensors).sqrt()
 
     n = length(v)
-    h, slopes = torch.where(n > 0, step * length(points[-1]) / torch.where(n > 0, n, 1.0), 0.0), []
+    far = step * length(points[-1]) / size.double().clamp_min(1)
+    h, slopes = torch.where(n > 0, far / torch.where(n > 0, n, 1.0), 0.0), []
     for point in points:
         ends = []
         for sign in (1, -1):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmbal._library import ops
 
@@ -50,11 +50,6 @@ def ask(q: Tensor, present: Tensor | None, each: Sequence[Tensor], masks: Sequen
         found.append(nonzero.flatten(1).any(1))
     there = torch.stack(found, 1)
     if present is not None:
-        if present.dtype != torch.bool or present.shape != there.shape:
-            raise ValueError(
-                f"AttributionRegularizer: present must be bool [B, M] = {list(there.shape)}, "
-                f"got {present.dtype} {list(present.shape)}"
-            )
         there = there & present
     q = q.to(there.device)
     counted = (there.sum(1) >= 2) & ((q * there).sum(1) > 0)
@@ -116,50 +111,3 @@ def regularizer(
         value = (reg_B * asked.counted).sum() / max(len(reg_B), 1)
     gradients = list(torch.autograd.grad(value, g)) if v else []
     return value.detach(), asked.info(shares, magnitudes), gradients
-
-
-# --- A linear head ----------------------------------------------------------------------------------------------------
-
-
-def linear_parts(head) -> list[nn.Linear]:
-    """Of a linear head: itself, or one for each modality. Empty where it is no such head: hooks and parametrizations
-    may do anything."""
-    parts = list(head.values()) if isinstance(head, nn.ModuleDict) else [head]
-    plain = all(type(p) is nn.Linear and not p._forward_pre_hooks and not p._forward_hooks for p in parts)
-    one_each = len({id(p) for p in parts}) == len(parts)
-    same = plain and len({(p.out_features, p.weight.dtype) for p in parts}) == 1
-    return parts if same and one_each and not (isinstance(head, nn.ModuleDict) and head._forward_hooks) else []
-
-
-def weights_of(parts: list[nn.Linear], widths: list[int]) -> list[Tensor]:
-    """[C, D] of each modality."""
-    expected = [p.in_features for p in parts]
-    if expected != (widths if len(parts) > 1 else [sum(widths)]):
-        raise ValueError(f"AttributionRegularizer: head takes {expected} features, got embeddings of {widths}")
-    if len(parts) > 1:
-        return [p.weight.detach() for p in parts]
-    return list(parts[0].weight.detach().split(widths, 1))
-
-
-def gradients_of(parts: list[nn.Linear], dweights: list[Tensor], dbias: Tensor | None) -> dict[int, Tensor]:
-    """By id of the parameter."""
-    each = dweights if len(parts) > 1 else [torch.cat(dweights, 1)]
-    found = {id(p.weight): dweight for p, dweight in zip(parts, each, strict=True)}
-    if dbias is not None:
-        found |= {id(p.bias): dbias for p in parts if p.bias is not None}
-    return found
-
-
-def check_same(own: Tensor, logits: Tensor) -> None:
-    """That the given logits are the head's: modalities in another order would have the right shapes too."""
-    if own.shape != logits.shape:
-        raise ValueError(f"AttributionRegularizer: logits must be {list(own.shape)}, got {list(logits.shape)}")
-    if not own.numel():
-        return
-    tolerance = 5e-2 if logits.element_size() < 4 else 1e-3
-    apart = float((own - logits.detach()).abs().max())
-    if apart > tolerance * (1e-3 + float(own.abs().max())):
-        raise ValueError(
-            "AttributionRegularizer: logits must be what head makes of the embeddings side by side, in the order of "
-            f"modalities, got some that are {apart:.2g} apart: leave logits out if there is dropout between them"
-        )

@@ -15,9 +15,11 @@ static mmbal_status NAME(linear_scores_task)(void *context, int worker, int64_t 
         REAL largest = -(REAL)INFINITY, sum = 0;
         for (int64_t c = 0; c < C; c++) {
             coefficient[c] = 0;
-            if (c != chosen && LOAD(z[c]) > largest) largest = LOAD(z[c]);
+            if (c != chosen && (LOAD(z[c]) > largest || isnan(LOAD(z[c])))) largest = LOAD(z[c]);
         }
-        for (int64_t c = 0; c < C && C > 1 && head->score == MMBAL_SCORE_ODDS; c++) {
+        /* Where no other class is left the odds are the logit, but for a constant. */
+        const int odds = head->score == MMBAL_SCORE_ODDS && largest != -(REAL)INFINITY;
+        for (int64_t c = 0; c < C && odds; c++) {
             coefficient[c] = c == chosen ? 0 : OF_REAL(exp_nonpositive)(LOAD(z[c]) - largest);
             sum += coefficient[c];
         }

@@ -59,26 +59,28 @@ class AttributionRegularizer:
 
     The definition is that of the paper's first version (of M modalities, M terms) as a review restates it; the later
     ones may differ. Where it leaves something open the choice is marked (ours).
-    Letters: B samples, M modalities, C classes, D features, T tokens.
+    Letters: B samples, M modalities, C classes, D features, T tokens. CPU tensors.
 
     Parameters
     ----------
     modalities : names, in the order of every [B, M] tensor; or an ``EmbeddingTap``, which gives the embeddings of each
-        step and the head's parameters. Embeddings are taken where encoders end and fusion begins, [B, D] or [B, T, D].
+        step and the head's parameters. Embeddings are taken where encoders end and fusion begins (as in the paper),
+        [B, D] or [B, T, D].
     head : what makes logits [B, C] of the embeddings, called as head(first, second, ...). nn.Linear and nn.Sequential
         get them side by side, concatenated along the last dimension in the order of modalities; an nn.ModuleDict has
         one part for each, and the logits are their sum. It runs a second time, on copies of the embeddings (dropout
-        draws a mask of its own, batch norms use their running statistics). None: the graph of the model's own forward
-        pass serves, ``logits`` must be given, and dropout and batch norm are as they were there (batch statistics mix
-        samples: then a gradient is not of one sample alone).
+        draws a mask of its own, norms use their running statistics, and none of the head's state changes), in its
+        parameters' dtype. None: the graph of the model's own forward pass serves, ``logits`` must be given, and dropout
+        and batch norm are as they were there (batch statistics mix samples: then a gradient is not of one sample
+        alone).
     parameters : the head's. None: those of ``head`` where it is a module, or the tap's ``head_parameters()``.
     mode : how the gradient gets to the head. "double": backward of the backward; any head of operators that have one.
         "forward": reverse over forward; needs ``head``, and forward AD of all its operators that can be derived
         (softmax and SiLU have none in torch 2.13, so attention neither). "difference": a central difference and no
-        second derivatives; needs ``head``, smooth (GELU, tanh; one with ReLU or max pooling is refused, as far as that
-        can be found out: in a function of your own it cannot), and is right to about 1e-4. "closed": exact in one
-        operator, for [B, D] embeddings and an nn.Linear as ``head`` or an nn.ModuleDict of them. "auto": "closed" where
-        possible, else "double".
+        second derivatives; needs ``head``, in float32 or float64, smooth (GELU, tanh; one with ReLU or max pooling is
+        refused, as far as that can be found out: in a function of your own it cannot), and is right to about 1e-4,
+        1e-3 for sure decisions in float32. "closed": exact in one operator, for [B, D] embeddings and an nn.Linear as
+        ``head`` or an nn.ModuleDict of them. "auto": "closed" where possible, else "double".
     score : "odds" (ours), z_c - log sum of the other classes' exp z: same shares and gradients as the probability's, as
         in the paper, but never saturated. "logit", z_c: another regulariser; for several labels at once (the top label)
         and regression on several outputs (the largest). With one output both are |z|. Token-level logits [B, T, C]: the
@@ -86,14 +88,15 @@ class AttributionRegularizer:
     level : "sample": shares of each sample, then the mean (ours). "batch": shares of the mean magnitudes, less noisy.
     pool : "l2", the norm (ours: the paper says "L2 pooling" alone), which grows with the number of elements; "rms", the
         root of the mean of squares. A warning tells where sizes differ by more than 4 times.
-    penalty : "l1" as in the paper, "squared" or "huber", smooth at p = q (ours).
+    penalty : "l1" as in the paper, "squared" or "huber" (|x| - 0.05 beyond 0.1, 5 x^2 below), smooth at p = q (ours).
     shares : q, asked for: {name: share}, [M] or [B, M], not negative; their sum is taken to 1. None: equal (ours: the
         paper presets them). Another one can be given with every call.
     attribution : "gradxinput", as above; "ig" (ours), integrated gradients: g is the mean of the gradients at
         ``ig_steps`` midpoints from ``baseline`` to e, the class kept. Costs as many passes; needs ``head``.
     baseline : {name: tensor}, or tensors in order, that broadcast with the embeddings, subtracted in alpha. None: 0.
         Attributions depend on the origin: an encoder with a large common offset looks dominant, which its mean
-        embedding as baseline takes out.
+        embedding as baseline takes out. While encoders train that mean moves: set ``regularizer.baseline`` anew, after
+        each epoch say.
     warmup_steps : calls, where gradients are recorded, whose value is 0 and has no gradient: early decisions are
         random. An epoch is a good start (ours).
     difference_step : of mode "difference", in lengths of a sample's embeddings.
@@ -101,21 +104,34 @@ class AttributionRegularizer:
 
     What a training script should know
     ----------------------------------
-    - The weight is not known from the paper. Ours: 0.1 added to the task loss; with a separate optimiser for the
-      head's parameters (``backward(value)`` and its step after the task's, from a call after the task's step with
-      ``head``, or the gradient is one of before it) 1 and its learning rate. Worth trying: 0.01, 0.1, 1.
-    - The class is the predicted one, the first of equal ones; with ``target`` the labels (where they are not negative).
+    - The weight is not known from the paper. Ours: 0.1 added to the task loss; 1 with a separate optimiser for the
+      head, of the same class and learning rate as the task's (ours), whose step comes after the task's, which goes on
+      training the head as well. Worth trying: 0.01, 0.1, 1. With the separate one (give ``head``, and no logits, for
+      those are of the head before its step):
+
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        head_optimizer.zero_grad()
+        regularizer.backward(regularizer()[0])
+        head_optimizer.step()
+
+    - The class is the predicted one, the first of equal ones, as in the paper; with ``target`` the labels (where they
+      are not negative).
     - ``present`` [B, M]: shares and q are over what is there; with fewer than two, or no q above 0 among these, a
       sample is skipped, R = 0. An embedding of zeros counts as missing (ours), for no gradient can revive it.
     - ``masks`` {name: bool [B, T]}: where tokens are real; others do not count.
     - AMP: inside or outside autocast; the head runs in its parameters' dtype and the score in float32. GradScaler
       scales ``loss + weight * value`` as always. A model's own graph (head=None) in float16 can underflow: give
       ``head``.
-    - Clip the task's gradients before ``backward(value, weight)`` where the penalty shall not count to the norm.
+    - Clip the task's gradients before ``backward(value, weight)`` where the penalty shall not count to the norm. The
+      gradient grows as the head's weights shrink, for shares do not depend on their scale.
     - DDP: each rank's value is of its own batch, as its loss; add it to the loss and call backward once. Sharded
       parameters (FSDP) are refused.
     - Not inside torch.compile; a compiled ``head`` runs uncompiled. Checkpointing with use_reentrant=False only. Fused
       attention has no second derivative: with ``head`` it is replaced by torch's plain formula.
+    - Mistakes are looked for: parameters that the embeddings depend on, and derivatives that are missing, in the first
+      call with gradients and whenever the head's trainable parameters change; logits that are not the head's in the
+      first call with logits, the second, the fourth, the eighth and so on, where it has no dropout and no batch
+      statistics.
     - A head can meet q by turning up weights of a modality that says nothing: watch accuracy, and each modality alone.
     """
 

@@ -324,6 +324,7 @@ def test_opcheck():
     torch.library.opcheck(ops.attribution_reg.default, (g, e, target[0], None, "rms", "huber", 0.01))
     arguments = (*leaves(up)[0], *leaves(g, e), target, present, out[2], "l2", "squared", 1e-12)
     torch.library.opcheck(ops.attribution_reg_backward.default, arguments)
+    torch.library.opcheck(ops.attribution_reg_backward.default, (*arguments, True, False))
 
 
 def test_compile_gives_what_eager_gives():

@@ -126,15 +126,17 @@ struct Upstream {
 std::tuple<Tensors, Tensors> attribution_reg_backward(Tensor dreg, Tensor dshares, Tensor dmagnitudes, Tensors grads,
                                                       Tensors embeddings, Tensor target_shares,
                                                       std::optional<Tensor> present, Tensor magnitudes,
-                                                      std::string pool, std::string penalty, double eps) {
+                                                      std::string pool, std::string penalty, double eps,
+                                                      bool need_grads, bool need_embeddings) {
     AttributionInputs in{"attribution_reg_backward", grads, embeddings, target_shares, present};
     in.prepare(pool, penalty, eps);
     Upstream up{dreg, dshares, dmagnitudes, magnitudes};
     up.prepare(in);
-    Tensors dgrads = in.outputs(), dembeddings = in.outputs();
+    const Tensors dgrads = need_grads ? in.outputs() : Tensors(),
+                  dembeddings = need_embeddings ? in.outputs() : Tensors();
     for (size_t m = 0; m < in.modalities.size(); m++) {
-        in.modalities[m].dgradient = dgrads[m].mutable_data_ptr();
-        in.modalities[m].dembedding = dembeddings[m].mutable_data_ptr();
+        in.modalities[m].dgradient = need_grads ? dgrads[m].mutable_data_ptr() : nullptr;
+        in.modalities[m].dembedding = need_embeddings ? dembeddings[m].mutable_data_ptr() : nullptr;
     }
     TorchPool workers;
     in.check_status(mmbal_attribution_reg_backward(&in.attribution, up.dreg.const_data_ptr(),
@@ -242,7 +244,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
           "str pool=\"l2\", str penalty=\"l1\", float eps=1e-12) -> (Tensor, Tensor, Tensor)");
     m.def("attribution_reg_backward(Tensor dreg, Tensor dshares, Tensor dmagnitudes, Tensor[] grads, "
           "Tensor[] embeddings, Tensor target_shares, Tensor? present, Tensor magnitudes, str pool, str penalty, "
-          "float eps) -> (Tensor[], Tensor[])");
+          "float eps, bool need_grads=True, bool need_embeddings=True) -> (Tensor[], Tensor[])");
     m.def("attribution_reg_backward_backward(Tensor[] ddgrads, Tensor[] ddembeddings, Tensor dreg, Tensor dshares, "
           "Tensor dmagnitudes, Tensor[] grads, Tensor[] embeddings, Tensor target_shares, Tensor? present, "
           "Tensor magnitudes, str pool, str penalty, float eps) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[])");

@@ -34,8 +34,22 @@ def _(grads, embeddings, target_shares, present_BM=None, pool="l2", penalty="l1"
 
 
 @register_fake("mmbal::attribution_reg_backward")
-def _(dreg_B, dshares_BM, dmagnitudes_BM, grads, embeddings, target_shares, present_BM, magnitudes_BM, *options):
-    return _like(embeddings), _like(embeddings)
+def _(
+    dreg_B,
+    dshares_BM,
+    dmagnitudes_BM,
+    grads,
+    embeddings,
+    target_shares,
+    present_BM,
+    magnitudes_BM,
+    pool,
+    penalty,
+    eps,
+    need_grads=True,
+    need_embeddings=True,
+):
+    return _like(embeddings) if need_grads else [], _like(embeddings) if need_embeddings else []
 
 
 @register_fake("mmbal::attribution_reg_backward_backward")
@@ -68,15 +82,20 @@ def _backward(ctx, dreg_B, dshares_BM, dmagnitudes_BM):
         torch.zeros_like(magnitudes_BM[:, 0] if like_reg else magnitudes_BM) if t is None else t
         for t, like_reg in ((dreg_B, True), (dshares_BM, False), (dmagnitudes_BM, False))
     ]
+    needed = [any(each) for each in ctx.needs_input_grad[:2]]
     dgrads, dembeddings = ops.attribution_reg_backward(
-        *upstream, grads, embeddings, target_shares, present_BM, magnitudes_BM, *ctx.options
+        *upstream, grads, embeddings, target_shares, present_BM, magnitudes_BM, *ctx.options, *needed
     )
-    return dgrads, dembeddings, *([None] * (len(ctx.needs_input_grad) - 2))  # defaults are not among the inputs
+    return (
+        dgrads or None,
+        dembeddings or None,
+        *([None] * (len(ctx.needs_input_grad) - 2)),
+    )  # defaults are not among the inputs
 
 
 def _save_backward(ctx, inputs, output):
     *upstream, grads, embeddings, target_shares, present_BM, magnitudes_BM = inputs[:8]
-    ctx.options = inputs[8:]
+    ctx.options = inputs[8:11]
     ctx.modalities = len(grads)
     ctx.save_for_backward(*upstream, *grads, *embeddings, target_shares, present_BM, magnitudes_BM)
 
@@ -86,7 +105,7 @@ def _backward_backward(ctx, ddgrads, ddembeddings):
     upstream, grads, embeddings = tensors[:3], list(tensors[3 : 3 + M]), list(tensors[3 + M : 3 + 2 * M])
     target_shares, present_BM, magnitudes_BM = tensors[3 + 2 * M :]
     ddgrads, ddembeddings = (
-        [torch.zeros_like(e) if t is None else t for t, e in zip(given, embeddings, strict=True)]
+        [torch.zeros_like(e) if t is None else t for t, e in zip(given or [None] * M, embeddings, strict=True)]
         for given in (ddgrads, ddembeddings)
     )
     *to_upstream, to_grads, to_embeddings = ops.attribution_reg_backward_backward(

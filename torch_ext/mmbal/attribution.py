@@ -86,11 +86,9 @@ def _backward(ctx, dreg_B, dshares_BM, dmagnitudes_BM):
     dgrads, dembeddings = ops.attribution_reg_backward(
         *upstream, grads, embeddings, target_shares, present_BM, magnitudes_BM, *ctx.options, *needed
     )
-    return (
-        dgrads or None,
-        dembeddings or None,
-        *([None] * (len(ctx.needs_input_grad) - 2)),
-    )  # defaults are not among the inputs
+    none = [None] * ctx.modalities
+    # Defaults are not among the inputs.
+    return dgrads or none, dembeddings or none, *([None] * (len(ctx.needs_input_grad) - 2))
 
 
 def _save_backward(ctx, inputs, output):

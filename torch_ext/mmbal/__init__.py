@@ -4,6 +4,7 @@ The operators are ``torch.ops.mmbal.*``; importing this package registers them.
 """
 
 from mmbal import (  # noqa: F401  (the operators register themselves)
+    alignment,
     attribution,
     btw,
     divergence,

@@ -53,7 +53,8 @@ static mmbal_status check_alignment(const mmbal_alignment *t) {
 
 int64_t mmbal_align_loss_workspace(const mmbal_alignment *alignment, int workers) {
     if (check_alignment(alignment) != MMBAL_OK || workers < 1) return 0;
-    return alignment->dtype == MMBAL_F64 ? forward_bytes_f64(alignment, workers) : forward_bytes_f32(alignment, workers);
+    return alignment->dtype == MMBAL_F64 ? forward_bytes_f64(alignment, workers)
+                                         : forward_bytes_f32(alignment, workers);
 }
 
 int64_t mmbal_align_loss_backward_workspace(const mmbal_alignment *alignment,

@@ -26,19 +26,21 @@ typedef struct {
     /* backward */
     similarity_weights weights;
     REAL *row_normalizer, *row_weight, *col_normalizer, *col_weight; /* what the weights point to */
-    OPERAND *target_rows;   /* panels of the target's unit vectors as rows of a right factor */
-    OPERAND *source_turned; /* [C, turned_stride] */
-    REAL *dsource;          /* [A, dsource_stride] */
-    REAL *dtarget;          /* [C, dtarget_stride], transposed */
-    OPERAND *gradient;      /* panels of the gradient of a stripe, A deep */
-    REAL *lines;            /* [workers, ROWS_TURNED_BACK, C] */
-    int64_t stripe;         /* the one under way */
+    OPERAND *target_rows;            /* panels of the target's unit vectors as rows of a right factor */
+    OPERAND *source_turned;          /* [C, turned_stride] */
+    REAL *dsource;                   /* [A, dsource_stride] */
+    REAL *dtarget;                   /* [C, dtarget_stride], transposed */
+    OPERAND *gradient;               /* panels of the gradient of a stripe, A deep */
+    REAL *lines;                     /* [workers, ROWS_TURNED_BACK, C] */
+    int64_t stripe;                  /* the one under way */
     int64_t first_block, last_block; /* of its blocks, those that own rows or columns pass through */
 } NAME(aligned);
 
 enum { NAME(ROWS_TURNED_BACK) = CACHE_LINE / sizeof(REAL) };
 
-static int64_t NAME(whole_tiles)(const NAME(aligned) * c, int64_t cols) { return ceil_div(cols, c->tile_cols) * c->tile_cols; }
+static int64_t NAME(whole_tiles)(const NAME(aligned) * c, int64_t cols) {
+    return ceil_div(cols, c->tile_cols) * c->tile_cols;
+}
 
 static void *NAME(carve_reals)(arena *from, int64_t count) { return carve(from, count * (int64_t)sizeof(REAL)); }
 
@@ -66,7 +68,8 @@ static NAME(aligned) NAME(begin)(const mmbal_alignment *t, int workers, arena *f
 }
 
 static void NAME(forward_workspace)(NAME(aligned) * c, arena *from) {
-    c->row_largest = NAME(carve_reals)(from, c->stripes * c->A), c->row_sum = NAME(carve_reals)(from, c->stripes * c->A);
+    c->row_largest = NAME(carve_reals)(from, c->stripes * c->A),
+    c->row_sum = NAME(carve_reals)(from, c->stripes * c->A);
     c->col_largest = NAME(carve_reals)(from, c->row_blocks * c->A);
     c->col_sum = NAME(carve_reals)(from, c->row_blocks * c->A);
     c->diagonal = NAME(carve_reals)(from, c->A);
@@ -122,8 +125,7 @@ static mmbal_status NAME(prepare)(NAME(aligned) * c, const mmbal_pool *pool) {
         c->penalty[a] = c->alignment->present && !c->alignment->present[a] ? -(REAL)INFINITY : 0;
     mmbal_status status = pool->run(pool->self, c->A, few, unit, &c->source);
     if (status == MMBAL_OK) status = pool->run(pool->self, c->A, few, unit, &c->target);
-    if (status == MMBAL_OK)
-        status = pool->run(pool->self, ceil_div(c->A, c->tile_cols), 1, NAME(pack_targets_task), c);
+    if (status == MMBAL_OK) status = pool->run(pool->self, ceil_div(c->A, c->tile_cols), 1, NAME(pack_targets_task), c);
     return status;
 }
 
@@ -136,36 +138,37 @@ static void NAME(multiply_by_columns)(const NAME(aligned) * c, int64_t rows, int
             fetches ahead = {.later = {.pace = 0}};
             NAME(panels) here = b;
             here.data += col / c->tile_cols * b.panel + from * b.stride;
-            NAME(multiply_panels)(c->kernels, rows, least(c->cols_at_once, cols - col), least(c->depth_step, depth - from),
-                                  a + from, a_stride, rows, here, to + col, to_stride, from > 0 ? TILE_ADD : first,
-                                  &ahead);
+            NAME(multiply_panels)(c->kernels, rows, least(c->cols_at_once, cols - col),
+                                  least(c->depth_step, depth - from), a + from, a_stride, rows, here, to + col,
+                                  to_stride, from > 0 ? TILE_ADD : first, &ahead);
         }
 }
 
 static similarity_block NAME(block_at)(const NAME(aligned) * c, int64_t row_block, int64_t stripe, int worker) {
     const int64_t row = row_block * SIMILARITY_ROWS, col = stripe * SIMILARITY_COLS;
-    const similarity_block block = {.z = c->z + worker * SIMILARITY_ROWS * c->z_stride,
-                                    .rows = least(SIMILARITY_ROWS, c->A - row),
-                                    .cols = least(SIMILARITY_COLS, c->A - col),
-                                    .stride = c->z_stride,
-                                    .row = row,
-                                    .col = col,
-                                    .inverse_tau = 1 / c->alignment->tau,
-                                    .penalty = c->penalty,
-                                    .groups = c->alignment->groups};
-    return block;
+    const similarity_block part = {.z = c->z + worker * SIMILARITY_ROWS * c->z_stride,
+                                   .rows = least(SIMILARITY_ROWS, c->A - row),
+                                   .cols = least(SIMILARITY_COLS, c->A - col),
+                                   .stride = c->z_stride,
+                                   .row = row,
+                                   .col = col,
+                                   .inverse_tau = 1 / c->alignment->tau,
+                                   .penalty = c->penalty,
+                                   .groups = c->alignment->groups};
+    return part;
 }
 
 static int NAME(has_own)(const NAME(aligned) * c, int64_t first, int64_t count) {
     return first < c->end && first + count > c->offset;
 }
 
-/* The logits of a block. */
-static void NAME(take_similarities)(const NAME(aligned) * c, const similarity_block *block) {
-    const NAME(panels) b = NAME(packed_panels)(c->kernels, c->target_panels + block->col * c->C, c->C);
-    NAME(multiply_by_columns)(c, block->rows, block->cols, c->C, (const REAL *)c->source.unit + block->row * c->unit_stride,
-                              c->unit_stride, b, block->z, block->stride, TILE_SET);
-    c->tasks->similarity_logits[sizeof(REAL) == sizeof(double)](block);
+/* The logits of a part. */
+static void NAME(take_similarities)(const NAME(aligned) * c, const similarity_block *part) {
+    const NAME(panels) b = NAME(packed_panels)(c->kernels, c->target_panels + part->col * c->C, c->C);
+    NAME(multiply_by_columns)(c, part->rows, part->cols, c->C,
+                              (const REAL *)c->source.unit + part->row * c->unit_stride, c->unit_stride, b, part->z,
+                              part->stride, TILE_SET);
+    c->tasks->similarity_logits[sizeof(REAL) == sizeof(double)](part);
 }
 
 static mmbal_status NAME(statistics_task)(void *context, int worker, int64_t begin, int64_t end) {
@@ -173,21 +176,21 @@ static mmbal_status NAME(statistics_task)(void *context, int worker, int64_t beg
     const int is_double = sizeof(REAL) == sizeof(double);
     for (int64_t index = begin; index < end; index++) {
         const int64_t row_block = index % c->row_blocks, stripe = index / c->row_blocks;
-        const similarity_block block = NAME(block_at)(c, row_block, stripe, worker);
-        const int own_rows = NAME(has_own)(c, block.row, block.rows), own_cols = NAME(has_own)(c, block.col, block.cols);
+        const similarity_block part = NAME(block_at)(c, row_block, stripe, worker);
+        const int own_rows = NAME(has_own)(c, part.row, part.rows), own_cols = NAME(has_own)(c, part.col, part.cols);
         if (!own_rows && !(own_cols && c->alignment->symmetric)) continue;
-        NAME(take_similarities)(c, &block);
+        NAME(take_similarities)(c, &part);
         if (own_rows) {
-            const int64_t at = stripe * c->A + block.row;
-            c->tasks->similarity_rows[is_double](&block, c->row_largest + at, c->row_sum + at);
+            const int64_t at = stripe * c->A + part.row;
+            c->tasks->similarity_rows[is_double](&part, c->row_largest + at, c->row_sum + at);
         }
         if (own_cols && c->alignment->symmetric) {
-            const int64_t at = row_block * c->A + block.col;
-            c->tasks->similarity_cols[is_double](&block, c->col_largest + at, c->col_sum + at);
+            const int64_t at = row_block * c->A + part.col;
+            c->tasks->similarity_cols[is_double](&part, c->col_largest + at, c->col_sum + at);
         }
-        for (int64_t i = 0; i < block.rows; i++)
-            if (block.row + i >= block.col && block.row + i < block.col + block.cols)
-                c->diagonal[block.row + i] = ((const REAL *)block.z)[i * block.stride + block.row + i - block.col];
+        for (int64_t i = 0; i < part.rows; i++)
+            if (part.row + i >= part.col && part.row + i < part.col + part.cols)
+                c->diagonal[part.row + i] = ((const REAL *)part.z)[i * part.stride + part.row + i - part.col];
     }
     return MMBAL_OK;
 }
@@ -233,8 +236,7 @@ static mmbal_status NAME(align)(const mmbal_alignment *t, void *loss, void *regr
     for (int64_t i = 0; i < 2 * t->B && !scale.contrasted; i++) c.normalizers[i] = 0;
     if (status == MMBAL_OK && scale.contrasted) {
         status = NAME(prepare)(&c, pool);
-        if (status == MMBAL_OK)
-            status = pool->run(pool->self, c.row_blocks * c.stripes, 1, NAME(statistics_task), &c);
+        if (status == MMBAL_OK) status = pool->run(pool->self, c.row_blocks * c.stripes, 1, NAME(statistics_task), &c);
         if (status == MMBAL_OK) status = pool->run(pool->self, t->B, COMBINED_AT_ONCE, NAME(combine_task), &c);
     }
     if (status != MMBAL_OK) return status;
@@ -246,7 +248,8 @@ static mmbal_status NAME(align)(const mmbal_alignment *t, void *loss, void *regr
     of_regression = scale.of_row == 0 ? 0 : of_regression * scale.of_row;
     of_contrast = scale.contrasted ? of_contrast * scale.of_row : 0;
     *(REAL *)regression = (REAL)of_regression, *(REAL *)contrastive = (REAL)of_contrast;
-    *(REAL *)loss = (REAL)((t->alpha > 0 ? t->alpha * of_regression : 0) + (t->alpha < 1 ? (1 - t->alpha) * of_contrast : 0));
+    *(REAL *)loss =
+        (REAL)((t->alpha > 0 ? t->alpha * of_regression : 0) + (t->alpha < 1 ? (1 - t->alpha) * of_contrast : 0));
     return MMBAL_OK;
 }
 
@@ -269,17 +272,17 @@ static mmbal_status NAME(turn_source_task)(void *context, int worker, int64_t be
 static mmbal_status NAME(gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(aligned) *c = context;
     for (int64_t index = begin; index < end; index++) {
-        const similarity_block block = NAME(block_at)(c, c->first_block + index, c->stripe, worker);
-        NAME(take_similarities)(c, &block);
-        c->tasks->similarity_gradient[sizeof(REAL) == sizeof(double)](&block, &c->weights);
-        for (int64_t i = 0; i < block.rows && c->gradient; i++)
-            NAME(deal)((const REAL *)block.z + i * block.stride, block.cols, (int)c->tile_cols, c->A,
-                       c->gradient + (block.row + i) * c->tile_cols);
+        const similarity_block part = NAME(block_at)(c, c->first_block + index, c->stripe, worker);
+        NAME(take_similarities)(c, &part);
+        c->tasks->similarity_gradient[sizeof(REAL) == sizeof(double)](&part, &c->weights);
+        for (int64_t i = 0; i < part.rows && c->gradient; i++)
+            NAME(deal)((const REAL *)part.z + i * part.stride, part.cols, (int)c->tile_cols, c->A,
+                       c->gradient + (part.row + i) * c->tile_cols);
         if (!c->dsource) continue;
         NAME(panels) b = NAME(packed_panels)(c->kernels, c->target_rows, c->A);
-        b.data += block.col * c->tile_cols;
-        NAME(multiply_by_columns)(c, block.rows, c->C, block.cols, block.z, block.stride, b,
-                                  c->dsource + block.row * c->dsource_stride, c->dsource_stride, TILE_ADD);
+        b.data += part.col * c->tile_cols;
+        NAME(multiply_by_columns)(c, part.rows, c->C, part.cols, part.z, part.stride, b,
+                                  c->dsource + part.row * c->dsource_stride, c->dsource_stride, TILE_ADD);
     }
     return MMBAL_OK;
 }
@@ -357,8 +360,10 @@ static mmbal_status NAME(contrastive_backward)(NAME(aligned) * c, const REAL *no
             status = pool->run(pool->self, ceil_div(cols, c->cols_at_once) * ceil_div(c->C, SOURCE_ROWS), 1,
                                NAME(dtarget_task), c);
     }
-    if (status == MMBAL_OK && c->dsource) status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_source_task), c);
-    if (status == MMBAL_OK && c->dtarget) status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_target_task), c);
+    if (status == MMBAL_OK && c->dsource)
+        status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_source_task), c);
+    if (status == MMBAL_OK && c->dtarget)
+        status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_target_task), c);
     return status;
 }
 
@@ -374,8 +379,8 @@ static mmbal_status NAME(align_backward)(const mmbal_alignment *t, const void *d
     if (to->pred || to->target) {
         regression_rows rows = {.alignment = t, .dpred = to->pred, .dtarget = to->target};
         rows.scale = scale.of_row == 0 ? 0 : of_regression * scale.of_row;
-        status = pool->run(pool->self, t->B, rows_per_task(t->B, t->D, pool), mmbal_row_tasks_in_use()->regression_backward[t->dtype],
-                           &rows);
+        status = pool->run(pool->self, t->B, rows_per_task(t->B, t->D, pool),
+                           mmbal_row_tasks_in_use()->regression_backward[t->dtype], &rows);
     }
     if (status != MMBAL_OK || !(to->source_embedding || to->target_embedding)) return status;
     if (!scale.contrasted || of_contrast == 0) {

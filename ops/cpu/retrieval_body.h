@@ -23,15 +23,15 @@ typedef struct {
     OPERAND *rows;                /* [workers, BANK_ROWS, row_stride] */
     REAL *products;               /* [workers, BANK_ROWS, cols_at_once] */
     int32_t *places;              /* [workers, BANK_ROWS cols_at_once] */
-    REAL *thresholds;             /* [workers, queries_at_once]: the last of the k that are kept, -inf while there are fewer */
-    int64_t *counts;              /* [workers, queries_at_once] */
-    NAME(found) * heaps;          /* [workers, queries_at_once, k]: the last of those kept comes first */
-    REAL *scores;                 /* [Q, k] */
-    int64_t *indices;             /* [Q, k] */
+    REAL *thresholds;    /* [workers, queries_at_once]: the last of the k that are kept, -inf while there are fewer */
+    int64_t *counts;     /* [workers, queries_at_once] */
+    NAME(found) * heaps; /* [workers, queries_at_once, k]: the last of those kept comes first */
+    REAL *scores;        /* [Q, k] */
+    int64_t *indices;    /* [Q, k] */
 } NAME(search);
 
-static NAME(search) NAME(begin_search)(mmbal_dtype bank_dtype, int64_t Q, int64_t n, int64_t D, int64_t k, int workers,
-                                       arena *from) {
+static NAME(search)
+    NAME(begin_search)(mmbal_dtype bank_dtype, int64_t Q, int64_t n, int64_t D, int64_t k, int workers, arena *from) {
     const mmbal_kernels *kernels = mmbal_kernels_in_use();
     const blocking cut = mmbal_blocking_in_use();
     NAME(search) s = {.kernels = kernels, .tasks = mmbal_row_tasks_in_use(), .bank_dtype = bank_dtype};
@@ -126,8 +126,8 @@ static mmbal_status NAME(search_task)(void *context, int worker, int64_t begin, 
     REAL *thresholds = s->thresholds + worker * s->queries_at_once;
     int64_t *counts = s->counts + worker * s->queries_at_once;
     NAME(found) *heaps = s->heaps + worker * s->queries_at_once * s->k;
-    for (int64_t block = begin; block < end; block++) {
-        const int64_t first = block * BANK_ROWS, here = least(BANK_ROWS, s->n - first);
+    for (int64_t at = begin; at < end; at++) {
+        const int64_t first = at * BANK_ROWS, here = least(BANK_ROWS, s->n - first);
         const char *bank = s->bank + first * s->D * bytes_of(s->bank_dtype);
         for (int64_t i = 0; i < here; i++)
             NAME(to_reals)(s->kernels, s->bank_dtype, s->D, bank + i * s->D * bytes_of(s->bank_dtype),
@@ -192,8 +192,7 @@ static mmbal_status NAME(topk_search)(mmbal_dtype query_dtype, const void *query
     mmbal_status status = MMBAL_OK;
     for (s.first_query = 0; s.first_query < Q && status == MMBAL_OK; s.first_query += s.queries_at_once) {
         s.queries = least(s.queries_at_once, Q - s.first_query);
-        for (int64_t i = 0; i < s.workers * s.queries_at_once; i++)
-            s.counts[i] = 0, s.thresholds[i] = -(REAL)INFINITY;
+        for (int64_t i = 0; i < s.workers * s.queries_at_once; i++) s.counts[i] = 0, s.thresholds[i] = -(REAL)INFINITY;
         status = pool->run(pool->self, ceil_div(s.queries, s.tile_cols), 1, NAME(pack_queries_task), &s);
         if (status == MMBAL_OK) status = pool->run(pool->self, ceil_div(n, BANK_ROWS), 1, NAME(search_task), &s);
         if (status == MMBAL_OK) status = pool->run(pool->self, s.queries, QUERIES_PER_TASK, NAME(merge_task), &s);

@@ -25,6 +25,14 @@ static align_scale scale_of(const mmbal_alignment *t) {
     return scale;
 }
 
+/* Rows of a block: whole tiles, and with few candidates so few that there are some blocks for each worker. It depends
+ * on the shape alone, as column statistics are sums over blocks. */
+static int64_t block_height_of(int64_t A, int tile_rows) {
+    enum { BLOCKS = 8 };
+    const int64_t height = ceil_div(ceil_div(A, BLOCKS), tile_rows) * tile_rows;
+    return height < tile_rows ? tile_rows : least(height, SIMILARITY_ROWS / tile_rows * tile_rows);
+}
+
 static size_t size_of(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : dtype == MMBAL_F32 ? 4 : 2; }
 
 #define BODY "alignment_body.h"

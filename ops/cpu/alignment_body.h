@@ -2,14 +2,14 @@
 #if STORED_IS_REAL
 #include "gemm_body.h"
 
-/* One call. A stripe is all rows by SIMILARITY_COLS columns, a block one of its SIMILARITY_ROWS rows. */
+/* One call. A stripe is all rows by SIMILARITY_COLS columns, a block one of `height` of its rows. */
 typedef struct {
     const mmbal_kernels *kernels;
     const mmbal_row_tasks *tasks;
     const mmbal_alignment *alignment;
     int64_t A, C, offset, end; /* own rows: offset .. end */
     int64_t tile_cols, depth_step, cols_at_once;
-    int64_t row_blocks, stripes;
+    int64_t height, row_blocks, stripes; /* height: rows of a block */
     int64_t unit_stride, turned_stride, dsource_stride, dtarget_stride;
     unit_rows source, target;
     OPERAND *target_panels; /* columns of the product of similarities: one candidate each */
@@ -52,7 +52,8 @@ static NAME(aligned) NAME(begin)(const mmbal_alignment *t, int workers, arena *f
     c.A = t->A, c.C = t->C, c.offset = t->offset, c.end = t->offset + t->B;
     c.tile_cols = kernels->OF_OPERAND(tile_cols);
     c.depth_step = cut.depth_bytes / (int64_t)sizeof(OPERAND), c.cols_at_once = cut.cols;
-    c.row_blocks = ceil_div(c.A, SIMILARITY_ROWS), c.stripes = ceil_div(c.A, SIMILARITY_COLS);
+    c.height = block_height_of(c.A, c.kernels->OF_OPERAND(tile_rows));
+    c.row_blocks = ceil_div(c.A, c.height), c.stripes = ceil_div(c.A, SIMILARITY_COLS);
     c.unit_stride = NAME(row_stride)(c.C), c.z_stride = NAME(row_stride)(SIMILARITY_COLS);
     const unit_rows rows = {.present = t->present, .width = c.C, .stride = c.unit_stride};
     c.source = rows, c.source.x = t->source_embedding;
@@ -63,7 +64,7 @@ static NAME(aligned) NAME(begin)(const mmbal_alignment *t, int workers, arena *f
     c.target.inverse = carve(from, c.A * (int64_t)sizeof(double));
     c.target_panels = carve(from, NAME(panel_elements)(kernels, c.A, c.C) * (int64_t)sizeof(OPERAND));
     c.penalty = NAME(carve_reals)(from, c.A);
-    c.z = NAME(carve_reals)(from, workers * SIMILARITY_ROWS * c.z_stride);
+    c.z = NAME(carve_reals)(from, workers * c.height * c.z_stride);
     return c;
 }
 
@@ -145,9 +146,9 @@ static void NAME(multiply_by_columns)(const NAME(aligned) * c, int64_t rows, int
 }
 
 static similarity_block NAME(block_at)(const NAME(aligned) * c, int64_t row_block, int64_t stripe, int worker) {
-    const int64_t row = row_block * SIMILARITY_ROWS, col = stripe * SIMILARITY_COLS;
-    const similarity_block part = {.z = c->z + worker * SIMILARITY_ROWS * c->z_stride,
-                                   .rows = least(SIMILARITY_ROWS, c->A - row),
+    const int64_t row = row_block * c->height, col = stripe * SIMILARITY_COLS;
+    const similarity_block part = {.z = c->z + worker * c->height * c->z_stride,
+                                   .rows = least(c->height, c->A - row),
                                    .cols = least(SIMILARITY_COLS, c->A - col),
                                    .stride = c->z_stride,
                                    .row = row,
@@ -293,7 +294,7 @@ static mmbal_status NAME(dtarget_task)(void *context, int worker, int64_t begin,
     const NAME(aligned) *c = context;
     const int64_t col = c->stripe * SIMILARITY_COLS, cols = least(SIMILARITY_COLS, c->A - col);
     const int64_t across = ceil_div(cols, c->cols_at_once);
-    const int64_t first = c->first_block * SIMILARITY_ROWS, last = least(c->last_block * SIMILARITY_ROWS, c->A);
+    const int64_t first = c->first_block * c->height, last = least(c->last_block * c->height, c->A);
     for (int64_t index = begin; index < end; index++) {
         const int64_t from = index % across * c->cols_at_once, row = index / across * SOURCE_ROWS;
         NAME(panels) b = NAME(packed_panels)(c->kernels, c->gradient, c->A);
@@ -353,8 +354,8 @@ static mmbal_status NAME(contrastive_backward)(NAME(aligned) * c, const REAL *no
     for (c->stripe = 0; c->stripe < c->stripes && status == MMBAL_OK; c->stripe++) {
         const int64_t col = c->stripe * SIMILARITY_COLS, cols = least(SIMILARITY_COLS, c->A - col);
         const int all = t->symmetric && NAME(has_own)(c, col, cols);
-        c->first_block = all ? 0 : c->offset / SIMILARITY_ROWS;
-        c->last_block = all ? c->row_blocks : ceil_div(c->end, SIMILARITY_ROWS);
+        c->first_block = all ? 0 : c->offset / c->height;
+        c->last_block = all ? c->row_blocks : ceil_div(c->end, c->height);
         status = pool->run(pool->self, c->last_block - c->first_block, 1, NAME(gradient_task), c);
         if (status == MMBAL_OK && c->dtarget)
             status = pool->run(pool->self, ceil_div(cols, c->cols_at_once) * ceil_div(c->C, SOURCE_ROWS), 1,

@@ -18,8 +18,8 @@ enum {
 
 static int64_t bytes_of(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : dtype == MMBAL_F32 ? 4 : 2; }
 
-/* Blocks of a task: several, as a worker fetches its task's next one early, but not so many that the last tasks keep the
- * others waiting. */
+/* Blocks of a task: several, as a worker fetches its task's next one early, but not so many that the last tasks keep
+ * the others waiting. */
 static int64_t blocks_per_task(int64_t blocks, int workers) {
     const int64_t wanted = blocks / (16 * (int64_t)workers);
     return wanted < 1 ? 1 : least(wanted, 16);

@@ -26,8 +26,8 @@ typedef struct {
     REAL *thresholds;             /* [workers, queries_at_once]: what scores less is none of the first k */
     int64_t *counts;              /* [workers, queries_at_once] */
     NAME(found) * kept;           /* [workers, queries_at_once, room]: the first k are among them */
-    REAL *scores;        /* [Q, k] */
-    int64_t *indices;    /* [Q, k] */
+    REAL *scores;                 /* [Q, k] */
+    int64_t *indices;             /* [Q, k] */
 } NAME(search);
 
 static NAME(search)

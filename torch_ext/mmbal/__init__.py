@@ -4,6 +4,7 @@ The operators are ``torch.ops.mmbal.*``; importing this package registers them.
 """
 
 from mmbal import (  # noqa: F401  (the operators register themselves)
+    alignment,
     attribution,
     btw,
     divergence,
@@ -11,6 +12,7 @@ from mmbal import (  # noqa: F401  (the operators register themselves)
     integrations,
     mcl,
     mutual_info,
+    retrieval,
     router_loss,
     routing,
     sampling,

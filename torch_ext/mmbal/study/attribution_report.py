@@ -110,6 +110,10 @@ def _shares_table(setting: dict) -> list[str]:
 
 
 COMPARISONS = len(COMPARED) * len(CONDITIONS) * len(DATA_SETS)
+COST = (
+    "Seconds of one training, with whatever else the machine did meanwhile; what the regulariser costs is measured by "
+    "`make bench-attribution`."
+)
 HOW = f"""
 - Data, splits and models are those of the study of AMSS: late fusion by one linear layer, Adam with the learning rate
   and weight decay chosen there for plain training; the epoch with the best validation accuracy counts. All arms of a
@@ -159,7 +163,7 @@ def markdown(results: dict) -> str:
             "",
             *_shares_table(setting),
         ]
-    lines += ["", "## How", "", HOW, "", "## Cost", "", "Seconds of one training.", ""]
+    lines += ["", "## How", "", HOW, "", "## Cost", "", COST, ""]
     lines += [f"| trained | {' | '.join(results['settings'])} |", "|---" * (len(DATA_SETS) + 1) + "|"]
     for arm, title in TITLES.items():
         cells = " | ".join(f"{s['arms'][arm]['seconds']:.1f}" for s in results["settings"].values())

@@ -135,7 +135,7 @@ cuda-on-cpu: $(INSTALLED) gtest ## the CUDA kernels on a CPU, against the C core
 
 .PHONY: gpu
 gpu: ## everything that needs a GPU, and one report: tests, compute-sanitizer, benchmarks; needs no network
-	tests/cuda/gpu.sh $(ARGS)
+	$(PYTHON) tests/cuda/gpu.py $(ARGS)
 
 .PHONY: clean
 clean: ## remove what was built; .venv stays

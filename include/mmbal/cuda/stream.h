@@ -6,6 +6,17 @@
 #ifndef MMBAL_CUDA_STREAM_H
 #define MMBAL_CUDA_STREAM_H
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef void *mmbal_stream; /* a cudaStream_t; NULL is the default stream */
+
+/* The first number of the current device's compute capability, such as 9 for 9.0; 0 where it cannot be had. */
+int mmbal_cuda_capability_major(void);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

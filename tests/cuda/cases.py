@@ -20,14 +20,12 @@ def real(dtype):
 
 @dataclass
 class Case:
-    """tensors: differentiable inputs on the CPU. others: what else `call` takes by name. constant: inputs whose
-    gradient is not asked for."""
+    """tensors: differentiable inputs on the CPU. others: what else `call` takes by name."""
 
     name: str
     call: Callable
     tensors: list[Tensor]
     others: dict = field(default_factory=dict)
-    operator: str = ""
 
     def arguments(self, device, requires_grad=True):
         tensors = [t.detach().to(device).requires_grad_(requires_grad) for t in self.tensors]
@@ -66,7 +64,6 @@ def routing(N, dtype, E=5, K=2, normalize=True, bias=False):
         lambda logits, selection_bias: ops.moe_topk(logits, K, normalize, selection_bias),
         [logits],
         {"selection_bias": selection_bias},
-        "moe_topk",
     )
 
 
@@ -77,7 +74,6 @@ def dispatch(N, E=5, K=2):
         lambda indices: ops.moe_dispatch(indices, E),
         [],
         {"indices": indices},
-        "moe_dispatch",
     )
 
 
@@ -95,7 +91,6 @@ def losses(N, dtype, E=5, K=2, normalize="mixtral", masked=False):
         ),
         [logits],
         others,
-        "load_balance_loss router_z_loss",
     )
 
 
@@ -125,8 +120,27 @@ def experts(N, dtype, D=16, F=24, E=4, K=2, activation="quick_gelu", dropout=0.0
         ),
         tensors,
         {"permutation": permutation, "offsets": offsets, "inverse": inverse},
-        "expert_mlp",
     )
+
+
+def divergences(N, dtype, M=3, C=5):
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    mu, log_sigma, fused_mu, fused_log_sigma, target = random(N, M), random(N, M), random(N), random(N), random(N)
+    logits, fused_logits = random(M, N, C), random(N, C)
+    return [
+        Case(f"gaussian_kl {N} x {M}, {dtype}", ops.gaussian_kl, [mu, log_sigma, fused_mu, fused_log_sigma]),
+        Case(f"residual_kl {N} x {M}, {dtype}", lambda *t: ops.residual_kl(*t, 0.1), [mu, fused_mu, target]),
+        Case(f"categorical_kl {M} x {N} x {C}, {dtype}", ops.categorical_kl, [logits, fused_logits]),
+        Case(
+            f"categorical_kl {M} x {N} x {C}, reverse, {dtype}",
+            lambda *t: ops.categorical_kl(*t, True),
+            [logits, fused_logits],
+        ),
+    ]
 
 
 def cases(dtype) -> list[Case]:
@@ -141,8 +155,10 @@ def cases(dtype) -> list[Case]:
             losses(N, dtype, masked=True),
             losses(N, dtype, E=64, K=4, normalize="megatron"),
             experts(N, dtype),
+            *divergences(N, dtype),
         ]
     found += [
+        *divergences(40, dtype, M=17, C=1000),
         dispatch(200_000, E=8),
         losses(50_000, dtype, E=8, normalize="switch"),
         experts(50, dtype, D=17, F=65, activation="gelu", dropout=0.25, output_dropout=0.1),
@@ -167,4 +183,6 @@ def small_cases() -> list[Case]:
         losses(5, torch.float64, E=40, K=2, normalize="switch"),
         experts(5, torch.float64, D=3, F=4, E=3, activation="gelu"),
         experts(4, torch.float64, D=3, F=6, E=2, dropout=0.3, output_dropout=0.3, activation="silu"),
+        *divergences(4, torch.float64, M=2, C=3),
+        *divergences(2, torch.float64, M=2, C=40)[2:],
     ]

@@ -115,6 +115,15 @@ def build(report: Report, folder: Path, limit: float, environment: dict[str, str
     return True
 
 
+def only_our_kernels() -> list[str]:
+    """The option's name has changed from version to version."""
+    text = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True).stdout
+    for option in ("--kernel-regex", "--kernel-name", "--filter"):
+        if option in text:
+            return [option, "kns=mmbal"]
+    return []
+
+
 def sanitize(report: Report, environment: dict[str, str]):
     """The three tools side by side: each mostly waits for the host."""
     tools = ("memcheck", "racecheck", "initcheck")
@@ -124,12 +133,13 @@ def sanitize(report: Report, environment: dict[str, str]):
         return
     # No caching: an access beyond a tensor must not land in another one. Our kernels alone: torch's are torch's.
     watched = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    ours = only_our_kernels()
     parts = [
         Part(
             report,
             tool,
             [
-                *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=mmbal"),
+                *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *ours),
                 *(sys.executable, str(HERE / "sanitized.py")),
             ],
             110,

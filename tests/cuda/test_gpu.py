@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import cases, experts, losses, ops, routing, small_cases
+from cases import cases, divergences, experts, losses, ops, routing, small_cases
 
 import mmbal  # noqa: F401  (loads the operators)
 import oracles
@@ -48,7 +48,7 @@ def test_every_run_gives_the_same_bits(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_layout_is_read(dtype):
-    for case in (routing(37, dtype), losses(37, dtype, masked=True), experts(37, dtype)):
+    for case in (routing(37, dtype), losses(37, dtype, masked=True), experts(37, dtype), *divergences(37, dtype)):
         tensors, others = case.arguments("cuda", requires_grad=False)
         expected = case.outputs(tensors, others)
         strided = []
@@ -79,6 +79,10 @@ def test_operators_are_well_behaved(N, dtype):
     torch.library.opcheck(ops.moe_dispatch.default, (indices, 5))
     torch.library.opcheck(ops.load_balance_loss.default, (logits, indices))
     torch.library.opcheck(ops.router_z_loss.default, (logits,))
+    gaussian, residual, categorical, _ = divergences(N, dtype)
+    torch.library.opcheck(ops.gaussian_kl.default, gaussian.arguments("cuda")[0])
+    torch.library.opcheck(ops.residual_kl.default, (*residual.arguments("cuda")[0], 0.1))
+    torch.library.opcheck(ops.categorical_kl.default, categorical.arguments("cuda")[0])
     tensors, others = experts(N, dtype).arguments("cuda")
     torch.library.opcheck(
         ops.expert_mlp_forward.default, (*tensors, *others.values(), "quick_gelu", 0.1, 0.0, 1, 2, True)
@@ -88,7 +92,7 @@ def test_operators_are_well_behaved(N, dtype):
 def test_nothing_waits_for_the_device():
     """A wait is an error while a graph is captured; the replay must give what the call gave."""
     for dtype in DTYPES:
-        for case in (routing(100, dtype), losses(100, dtype), experts(100, dtype)):
+        for case in (routing(100, dtype), losses(100, dtype), experts(100, dtype), *divergences(100, dtype)):
             tensors, others = case.arguments("cuda")
 
             def call(case=case, tensors=tensors, others=others):

@@ -49,10 +49,6 @@ Rows<Stored> rows_of(const mmbal_expert_mlp_inputs *in, mmbal_expert_mlp_shape s
 
 int64_t blocks_for_rows(int64_t rows) { return ceil_div(rows * WARP, THREADS); }
 
-// Columns that this lane takes of a row, a pack at a time.
-#define FOR_PACKS(column, columns)                                                                                     \
-    for (int64_t column = static_cast<int64_t>(threadIdx.x % WARP) * SIZE; column < (columns); column += WARP * SIZE)
-
 template <typename Stored>
 __global__ void __launch_bounds__(THREADS, 1)
     gather(const Stored *__restrict__ values, Rows<Stored> c, bool masked, bool aligned, Stored *__restrict__ rows,
@@ -62,7 +58,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int64_t r = first_group<WARP>(); r < c.R; r += group_count<WARP>()) {
         const int64_t pair = c.pair(r), n = pair / c.K;
         const R weight = weighted ? c.weights[pair] : 0;
-        FOR_PACKS(d, c.D) {
+        MMBAL_FOR_PACKS(d, c.D) {
             const int64_t left = c.D - d;
             Pack<Stored> pack = load_pack(values + n * c.D + d, left, aligned), times_weight;
             const unsigned kept = masked ? kept_bits<SIZE>(c.output, pair * c.D + d) : ~0u;
@@ -88,7 +84,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int64_t r = first_group<WARP>(); r < c.R; r += group_count<WARP>()) {
         const int64_t pair = c.pair(r);
         const Stored *b1 = c.b1 ? c.b1 + expert_of(c.offsets, c.E, r) * c.F : nullptr;
-        FOR_PACKS(f, c.F) {
+        MMBAL_FOR_PACKS(f, c.F) {
             const int64_t left = c.F - f;
             const Loaded<SIZE, From> sums = load_some<SIZE>(product + r * c.F + f, left, aligned);
             Pack<Stored> bias = {}, u, a;
@@ -114,7 +110,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     constexpr int SIZE = Pack<Stored>::SIZE;
     const bool masked = c.drops_output && !plain;
     for (int64_t n = first_group<WARP>(); n < c.N; n += group_count<WARP>()) {
-        FOR_PACKS(d, c.D) {
+        MMBAL_FOR_PACKS(d, c.D) {
             const int64_t left = c.D - d;
             R sums[SIZE] = {};
             for (int64_t k = 0; k < c.K; k++) {
@@ -153,7 +149,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const int64_t pair = c.pair(r);
         const R weight = c.weights[pair];
         R dot = 0;
-        FOR_PACKS(f, c.F) {
+        MMBAL_FOR_PACKS(f, c.F) {
             const int64_t left = c.F - f;
             Loaded<SIZE, From> h = {};
             if (product) h = load_some<SIZE>(product + r * c.F + f, left, aligned);
@@ -175,7 +171,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (!dweights) continue; // the same for all lanes
         if (c.b2) {
             const Stored *b2 = c.b2 + expert_of(c.offsets, c.E, r) * c.D;
-            FOR_PACKS(d, c.D) {
+            MMBAL_FOR_PACKS(d, c.D) {
                 const int64_t left = c.D - d;
                 const Pack<Stored> bias = load_pack(b2 + d, left, aligned);
                 const Pack<Stored> of_g = load_pack(g + r * c.D + d, left, aligned);

@@ -143,6 +143,30 @@ def divergences(N, dtype, M=3, C=5):
     ]
 
 
+def modality_weights(N, dtype, M=3, d=24):
+    generator = torch.Generator().manual_seed(6)
+
+    def random(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    kl, mi, present = (4 * random(N, M)).to(dtype), 0.1 + random(M), random(N, M) < 0.7
+    embeddings = [random(N, d + m).to(dtype) for m in range(M)]
+    return [
+        Case(f"btw_weights {N} x {M}, {dtype}", lambda kl, mi: ops.btw_weights(kl, mi), [kl, mi]),
+        Case(
+            f"btw_weights {N} x {M}, agree, {dtype}",
+            lambda kl, mi, present: ops.btw_weights(kl, mi, present, 1e-5, 3.0, "agree", 2.0, True),
+            [kl, mi],
+            {"present": present},
+        ),
+        Case(
+            f"scale_modalities {N} x {d}, {dtype}",
+            lambda w, *embeddings: ops.scale_modalities(list(embeddings), w),
+            [random(N, M).to(real(dtype)), *embeddings],
+        ),
+    ]
+
+
 def cases(dtype) -> list[Case]:
     found = []
     for N in (0, 1, 37, 1000):
@@ -156,6 +180,7 @@ def cases(dtype) -> list[Case]:
             losses(N, dtype, E=64, K=4, normalize="megatron"),
             experts(N, dtype),
             *divergences(N, dtype),
+            *modality_weights(N, dtype),
         ]
     found += [
         *divergences(40, dtype, M=17, C=1000),
@@ -185,4 +210,5 @@ def small_cases() -> list[Case]:
         experts(4, torch.float64, D=3, F=6, E=2, dropout=0.3, output_dropout=0.3, activation="silu"),
         *divergences(4, torch.float64, M=2, C=3),
         *divergences(2, torch.float64, M=2, C=40)[2:],
+        *modality_weights(4, torch.float64, M=2, d=3),
     ]

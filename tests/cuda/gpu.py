@@ -164,9 +164,10 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(os.environ.get("OUT") or ROOT / options.build).resolve()
     report = Report(folder, ROOT / options.build / "logs", options.limit)
-    environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment["PYTHONUNBUFFERED"] = "1"
+    # This Python's own tools (cmake, ninja) first, and the CUDA toolkit where its folder is not named.
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    os.environ["PATH"] = os.pathsep.join(places)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     gpu = has_gpu()
     if shutil.which("nvidia-smi"):
         Part(report, "machine", ["nvidia-smi", "-L"], 20, environment).wait(5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import cases, divergences, experts, losses, ops, routing, small_cases
+from cases import cases, divergences, experts, losses, modality_weights, ops, routing, small_cases
 
 import mmbal  # noqa: F401  (loads the operators)
 import oracles
@@ -48,7 +48,8 @@ def test_every_run_gives_the_same_bits(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_layout_is_read(dtype):
-    for case in (routing(37, dtype), losses(37, dtype, masked=True), experts(37, dtype), *divergences(37, dtype)):
+    rows = [*divergences(37, dtype), *modality_weights(37, dtype)]
+    for case in (routing(37, dtype), losses(37, dtype, masked=True), experts(37, dtype), *rows):
         tensors, others = case.arguments("cuda", requires_grad=False)
         expected = case.outputs(tensors, others)
         strided = []
@@ -83,6 +84,8 @@ def test_operators_are_well_behaved(N, dtype):
     torch.library.opcheck(ops.gaussian_kl.default, gaussian.arguments("cuda")[0])
     torch.library.opcheck(ops.residual_kl.default, (*residual.arguments("cuda")[0], 0.1))
     torch.library.opcheck(ops.categorical_kl.default, categorical.arguments("cuda")[0])
+    kl, mi = modality_weights(N, dtype)[0].arguments("cuda")[0]
+    torch.library.opcheck(ops.btw_weights.default, (kl, mi))
     tensors, others = experts(N, dtype).arguments("cuda")
     torch.library.opcheck(
         ops.expert_mlp_forward.default, (*tensors, *others.values(), "quick_gelu", 0.1, 0.0, 1, 2, True)
@@ -92,7 +95,8 @@ def test_operators_are_well_behaved(N, dtype):
 def test_nothing_waits_for_the_device():
     """A wait is an error while a graph is captured; the replay must give what the call gave."""
     for dtype in DTYPES:
-        for case in (routing(100, dtype), losses(100, dtype), experts(100, dtype), *divergences(100, dtype)):
+        rows = [*divergences(100, dtype), *modality_weights(100, dtype)]
+        for case in (routing(100, dtype), losses(100, dtype), experts(100, dtype), *rows):
             tensors, others = case.arguments("cuda")
 
             def call(case=case, tensors=tensors, others=others):
@@ -145,6 +149,14 @@ def test_a_tensor_left_on_the_cpu_is_named():
             ops.expert_mlp(*mixed, *others.values())
     with pytest.raises(RuntimeError, match="router_z_loss: token_mask must be on CUDA device"):
         ops.router_z_loss(torch.zeros(3, 4, device="cuda"), torch.ones(3, dtype=torch.bool))
+
+
+def test_moving_average_of_rows_is_that_of_the_cpu():
+    table, weights, index = torch.randn(50, 3), torch.randn(20, 3), torch.randperm(50)[:20]
+    on_gpu = table.cuda()
+    ops.ema_rows_(on_gpu, index.cuda(), weights.cuda(), 0.3)
+    ops.ema_rows_(table, index, weights, 0.3)
+    torch.testing.assert_close(on_gpu.cpu(), table)
 
 
 def test_packed_weights_are_refused():

@@ -109,6 +109,7 @@ unsigned __match_any_sync(unsigned mask, T value, SHIM_SITE) {
 }
 
 inline float __fdividef(float a, float b) { return a / b; }
+inline int atomicExch(int *address, int value) { return cuda_shim::exchange(address, value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <typename T>

@@ -142,6 +142,21 @@ bool all_written(const void *data, size_t bytes) {
     return true;
 }
 
+int exchange(int *address, int value) {
+    const char *byte = reinterpret_cast<const char *>(address);
+    Region *region = find(byte);
+    if (region && (byte < region->begin || byte + sizeof *address > region->begin + region->size)) {
+        report("out of bounds: atomic at " + place(*region, byte) + " by " + where_am_i());
+        abandon();
+    }
+    if (checks_accesses() && !all_written(address, sizeof *address))
+        report("uninitialised read at " + (region ? place(*region, byte) : "unknown memory") + " by " + where_am_i());
+    mark_written(address, sizeof *address);
+    const int before = *address;
+    *address = value;
+    return before;
+}
+
 void new_shared_memory(size_t bytes) {
     if (shared) drop(shared);
     shared = bytes ? make(bytes, "shared memory") : nullptr;

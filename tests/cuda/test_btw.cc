@@ -155,7 +155,7 @@ TEST(CudaEma, IsThatOfTheCore) {
     });
 }
 
-TEST(CudaEma, AnIndexThatIsWrongOrNamedTwiceFailsTheLaunch) {
+TEST(CudaEma, AnIndexThatIsWrongOrNamedTwiceFailsTheLaunchAndLeavesTheTable) {
     for (const std::vector<int64_t> &wrong : std::vector<std::vector<int64_t>>{{0, 5}, {-1, 2}, {3, 3}}) {
         const std::vector<float> ones(10, 1);
         DeviceArray<float> table("table", ones), weights("weights", std::vector<float>(4, 9));
@@ -165,6 +165,7 @@ TEST(CudaEma, AnIndexThatIsWrongOrNamedTwiceFailsTheLaunch) {
         mmbal_ema_rows_cuda(MMBAL_F32, table.data(), index.data(), weights.data(), 5, 2, 2, 0.5, workspace.data(),
                             nullptr);
         EXPECT_NE(joined(cuda_shim::take_reports()).find("__trap"), std::string::npos);
+        EXPECT_EQ(table.values(), ones);
     }
 }
 

@@ -247,7 +247,10 @@ void run_block(std::mt19937 &random) {
 
 } // namespace
 
-std::vector<std::string> take_reports() { return std::exchange(reports, {}); }
+std::vector<std::string> take_reports() {
+    block.given_up = false;
+    return std::exchange(reports, {});
+}
 
 void report(const std::string &text) {
     constexpr int MOST = 4; // of a kind: the first tell enough
@@ -259,6 +262,7 @@ void report(const std::string &text) {
 void launch(dim3 grid, dim3 dimensions, size_t shared_bytes, const std::function<void()> &body) {
     constexpr uint64_t MOST_X = 0x7FFFFFFF, MOST_YZ = 65535, MOST_THREADS = 1024;
     const uint64_t threads = uint64_t{dimensions.x} * dimensions.y * dimensions.z;
+    if (block.given_up) return; // as a GPU refuses all further work
     block.launch++;
     if (grid.x < 1 || grid.x > MOST_X || grid.y < 1 || grid.y > MOST_YZ || grid.z < 1 || grid.z > MOST_YZ ||
         threads < 1 || threads > MOST_THREADS) {
@@ -267,7 +271,7 @@ void launch(dim3 grid, dim3 dimensions, size_t shared_bytes, const std::function
         return;
     }
     blockDim = dimensions, gridDim = grid;
-    block.body = &body, block.threads = static_cast<uint32_t>(threads), block.given_up = false;
+    block.body = &body, block.threads = static_cast<uint32_t>(threads);
     if (block.fibres.size() < threads) block.fibres.resize(threads);
     std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
     std::iota(order.begin(), order.end(), uint64_t{0});

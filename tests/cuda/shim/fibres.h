@@ -30,7 +30,8 @@ inline Options options;
 std::vector<std::string> take_reports();
 void report(const std::string &text);
 
-// Runs body once for every thread of the grid. A launch that fails is given up; its report says where.
+// Runs body once for every thread of the grid. A launch that fails is given up, its report says where, and later ones
+// do nothing until the reports are taken.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &body);
 
 // For a thread of a running launch:

@@ -21,6 +21,7 @@ PIP := $(VENV)/bin/python -m pip
 CONSTRAINTS := $(VENV)/mmbal-constraints.txt
 INSTALLED := $(VENV)/mmbal-installed
 CMAKE_TESTS := -G Ninja -DMMBAL_BUILD_TESTS=ON -DMMBAL_WERROR=ON
+NVCC := $(if $(filter 0,$(MMBAL_CUDA)),,$(shell command -v nvcc 2>/dev/null))
 
 sources := $(shell find include ops cmake torch_ext -type f ! -name '*.pyc' ! -name '*.so')
 c_files := $(shell find include ops torch_ext tests examples -name '*.[ch]' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -41,7 +42,7 @@ demo: $(INSTALLED) ## upcycle a CLIP on real image-caption pairs and show what i
 	@$(VENV)/bin/mmbal demo $(ARGS)
 
 .PHONY: test
-test: lint test-core test-example test-python ## formatters' checks, C tests, the C example, Python tests
+test: lint test-core test-example $(if $(NVCC),cuda-check) test-python ## formatters' checks, C tests, the C example, Python tests, cuda-check where nvcc is
 
 .PHONY: test-core
 test-core: $(INSTALLED) gtest
@@ -120,16 +121,26 @@ tsan: $(INSTALLED) gtest ## C tests under ThreadSanitizer
 	ctest --test-dir build/tsan --output-on-failure --no-tests=error -j $(JOBS)
 
 .PHONY: cuda-check
-cuda-check: $(INSTALLED) ## compile every CUDA file for every architecture, warnings as errors; needs nvcc
+cuda-check: $(INSTALLED) cuda-on-cpu ## compile every CUDA file, run the kernels on a CPU, list registers and operators; needs nvcc
 	@command -v nvcc > /dev/null || { echo "nvcc is missing: install the CUDA toolkit and put its bin folder on PATH."; exit 1; }
-	MMBAL_CUDA=1 cmake -S . -B build/cuda -G Ninja -DMMBAL_WERROR=ON --log-level=WARNING
+	MMBAL_CUDA=1 cmake -S . -B build/cuda -G Ninja -DMMBAL_WERROR=ON -DMMBAL_TORCH=ON -DMMBAL_OPENMP=OFF \
+	    -DPython_EXECUTABLE=$(VENV)/bin/python -DCMAKE_CUDA_FLAGS=-Xptxas=-v \
+	    "-DCMAKE_CUDA_COMPILER_LAUNCHER=$(VENV)/bin/python;$(CURDIR)/tests/cuda/ptxas_report.py;compile" --log-level=WARNING
 	cmake --build build/cuda --target mmbal_cuda
-	$(VENV)/bin/python -c "import ctypes; f = ctypes.CDLL('build/cuda/libmmbal_cuda.so').mmbal_cuda_build_info; f.restype = ctypes.c_char_p; print(f().decode())"
+	@$(VENV)/bin/python tests/cuda/ptxas_report.py table build/cuda
+	@$(VENV)/bin/python tests/cuda/registrations.py --cuda-library build/cuda/libmmbal_cuda.so \
+	    --stand-in build/cuda/stand_in/libtorch_cuda.so
+
+.PHONY: cuda-on-cpu
+cuda-on-cpu: $(INSTALLED) gtest ## the CUDA kernels on a CPU, against the C core; needs no nvcc
+	cmake -S . -B build/cuda-on-cpu -G Ninja -DMMBAL_BUILD_CUDA_TESTS=ON -DMMBAL_CUDA=OFF -DMMBAL_OPENMP=OFF \
+	    -DMMBAL_WERROR=ON --log-level=WARNING
+	cmake --build build/cuda-on-cpu
+	ctest --test-dir build/cuda-on-cpu --output-on-failure --no-tests=error -j $(JOBS)
 
 .PHONY: gpu
-gpu: $(INSTALLED) ## the tests that need a GPU
-	@test -d tests/cuda || { echo "No operator runs on a GPU yet: tests/cuda is missing."; exit 1; }
-	$(VENV)/bin/python -m pytest tests/cuda $(ARGS)
+gpu: ## everything that needs a GPU, and one report: tests, compute-sanitizer, benchmarks; needs no network
+	$(PYTHON) tests/cuda/gpu.py $(ARGS)
 
 .PHONY: clean
 clean: ## remove what was built; .venv stays

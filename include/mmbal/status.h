@@ -11,6 +11,7 @@ typedef enum mmbal_status {
     MMBAL_INVALID_INDEX,    /* an entry of an index array outside its range */
     MMBAL_DUPLICATE_INDEX,  /* an entry of an index array that may name each row once, twice */
     MMBAL_UNSUPPORTED,      /* a dtype or instruction set this build lacks */
+    MMBAL_DEVICE_ERROR,     /* a GPU refused a launch */
 } mmbal_status;
 
 /* A short English phrase for a status; never NULL. */

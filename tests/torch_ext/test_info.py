@@ -85,6 +85,17 @@ def test_info_says_whether_the_cuda_library_is_there(info):
     assert re.search("(?i)not|no|absent|missing|yes|present|found|loaded|available|/", line)
 
 
+def on_cuda(operator, *arguments):
+    """What a call with CUDA tensors runs into, without such a tensor."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.mmbal, operator).default.redispatch(key, *arguments)
+
+
+def test_a_cuda_tensor_where_there_is_no_kernel_is_an_error_that_says_what_to_do():
+    with pytest.raises(RuntimeError, match="expert_mlp_pack: got a CUDA tensor, but .*(install|move its tensors)"):
+        on_cuda("expert_mlp_pack", torch.zeros(1, 2, 3), torch.zeros(1, 3, 2))
+
+
 def test_an_unknown_command_fails_and_help_names_the_commands():
     runner = CliRunner()
     assert runner.invoke(app, ["frobnicate"]).exit_code != 0

@@ -1,4 +1,7 @@
-// What every binding shares: torch's pool lent to the C core, the checks of arguments, and a status made an exception.
+// What every binding shares: where its work runs, the checks of arguments, and a status made an exception.
+//
+// A binding is compiled for the CPU and, with MMBAL_ON_CUDA, once more for the GPU. What differs has one name in both:
+// Executor (torch's threads, or its stream), Workspace, MMBAL_KERNEL and MMBAL_DEVICE.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,12 +15,21 @@
 #include <tuple>
 #include <vector>
 
-#include "memory.h"
 #include "mmbal/dtype.h"
 #include "mmbal/pool.h"
 #include "mmbal/status.h"
 
+#ifdef MMBAL_ON_CUDA
+#include "device_cuda.h"
+#else
+#include "memory.h"
+#define MMBAL_DEVICE CPU
+#define MMBAL_KERNEL(function) function
+#endif
+
 namespace mmbal {
+
+#ifndef MMBAL_ON_CUDA
 
 // One call's view of torch's threads. Inside another parallel region torch runs it serially, and so do we.
 class TorchPool {
@@ -40,6 +52,17 @@ private:
     }
     mmbal_pool pool_;
 };
+
+class Executor : public TorchPool {
+public:
+    explicit Executor(const Tensor &) {}
+};
+
+inline bool is_within_reach(const Tensor &t) { return t.is_cpu(); }
+
+inline std::string device_text() { return "on the CPU"; }
+
+#endif
 
 inline void check(mmbal_status status, const char *op) {
     STD_TORCH_CHECK(status == MMBAL_OK, op, ": ", mmbal_status_string(status));
@@ -86,7 +109,7 @@ inline void check_shape(const char *op, const char *name, const Tensor &t, const
     for (size_t i = 0; same && i < expected.size(); i++) same = expected[i] == -1 || expected[i] == sizes[i];
     STD_TORCH_CHECK(same, op, ": ", name, " must be ", letters, " = ", shape_text(expected), ", got ",
                     shape_text(sizes));
-    STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other arguments");
+    STD_TORCH_CHECK(is_within_reach(t), op, ": ", name, " must be ", device_text(), " like the other arguments");
 }
 
 inline void check_dtype(const char *op, const char *name, const Tensor &t, ScalarType expected) {

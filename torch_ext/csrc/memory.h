@@ -34,6 +34,7 @@ public:
     explicit Workspace(int64_t bytes) : block_(kept_memory().take(bytes)) {
         STD_TORCH_CHECK(block_.data, "mmbal: cannot allocate a workspace of ", bytes, " bytes");
     }
+    Workspace(int64_t bytes, const Tensor &) : Workspace(bytes) {} // on a GPU the tensor says which
     ~Workspace() { kept_memory().give(block_); }
     Workspace(const Workspace &) = delete;
     Workspace &operator=(const Workspace &) = delete;

@@ -1,6 +1,9 @@
 #include "mmbal/router_loss.h"
 
 #include "binding.h"
+#ifdef MMBAL_ON_CUDA
+#include "mmbal/cuda/router_loss.h"
+#endif
 
 namespace mmbal {
 namespace {
@@ -52,15 +55,15 @@ void check_balance(mmbal_status status, const char *op, int64_t E) {
 
 Tensor load_balance_loss(Tensor logits, Tensor indices, std::optional<Tensor> token_mask, std::string normalize) {
     const char *op = "load_balance_loss";
+    const Executor executor(logits);
     const LossInputs in = check_inputs(op, logits, token_mask);
     indices = check_indices(op, indices, in.N);
     const mmbal_balance balance = check_normalize(op, normalize);
     Tensor loss = torch::stable::new_empty(in.logits, {}, real_type(in.dtype));
-    const Workspace workspace(mmbal_router_loss_workspace(in.N, in.E));
-    TorchPool pool;
-    check_balance(mmbal_load_balance_loss(in.dtype, in.logits.const_data_ptr(), index_data(indices), in.mask_data(),
-                                          in.N, in.E, indices.size(1), balance, loss.mutable_data_ptr(),
-                                          workspace.data(), pool.get()),
+    const Workspace workspace(MMBAL_KERNEL(mmbal_router_loss_workspace)(in.N, in.E), in.logits);
+    check_balance(MMBAL_KERNEL(mmbal_load_balance_loss)(in.dtype, in.logits.const_data_ptr(), index_data(indices),
+                                                        in.mask_data(), in.N, in.E, indices.size(1), balance,
+                                                        loss.mutable_data_ptr(), workspace.data(), executor.get()),
                   op, in.E);
     return loss;
 }
@@ -68,47 +71,57 @@ Tensor load_balance_loss(Tensor logits, Tensor indices, std::optional<Tensor> to
 Tensor load_balance_loss_backward(Tensor dloss, Tensor logits, Tensor indices, std::optional<Tensor> token_mask,
                                   std::string normalize) {
     const char *op = "load_balance_loss_backward";
+    const Executor executor(logits);
     const LossInputs in = check_inputs(op, logits, token_mask);
     indices = check_indices(op, indices, in.N);
     const mmbal_balance balance = check_normalize(op, normalize);
     check_loss_gradient(op, dloss, in.dtype);
     Tensor dlogits = torch::stable::new_empty(in.logits, {in.N, in.E});
-    const Workspace workspace(mmbal_router_loss_workspace(in.N, in.E));
-    TorchPool pool;
-    check_balance(mmbal_load_balance_loss_backward(in.dtype, dloss.const_data_ptr(), in.logits.const_data_ptr(),
-                                                   index_data(indices), in.mask_data(), in.N, in.E, indices.size(1),
-                                                   balance, dlogits.mutable_data_ptr(), workspace.data(), pool.get()),
+    const Workspace workspace(MMBAL_KERNEL(mmbal_router_loss_workspace)(in.N, in.E), in.logits);
+    check_balance(MMBAL_KERNEL(mmbal_load_balance_loss_backward)(
+                      in.dtype, dloss.const_data_ptr(), in.logits.const_data_ptr(), index_data(indices), in.mask_data(),
+                      in.N, in.E, indices.size(1), balance, dlogits.mutable_data_ptr(), workspace.data(),
+                      executor.get()),
                   op, in.E);
     return dlogits;
 }
 
 Tensor router_z_loss(Tensor logits, std::optional<Tensor> token_mask) {
     const char *op = "router_z_loss";
+    const Executor executor(logits);
     const LossInputs in = check_inputs(op, logits, token_mask);
     Tensor loss = torch::stable::new_empty(in.logits, {}, real_type(in.dtype));
-    const Workspace workspace(mmbal_router_loss_workspace(in.N, in.E));
-    TorchPool pool;
-    check(mmbal_router_z_loss(in.dtype, in.logits.const_data_ptr(), in.mask_data(), in.N, in.E, loss.mutable_data_ptr(),
-                              workspace.data(), pool.get()),
+    const Workspace workspace(MMBAL_KERNEL(mmbal_router_loss_workspace)(in.N, in.E), in.logits);
+    check(MMBAL_KERNEL(mmbal_router_z_loss)(in.dtype, in.logits.const_data_ptr(), in.mask_data(), in.N, in.E,
+                                            loss.mutable_data_ptr(), workspace.data(), executor.get()),
           op);
     return loss;
 }
 
 Tensor router_z_loss_backward(Tensor dloss, Tensor logits, std::optional<Tensor> token_mask) {
     const char *op = "router_z_loss_backward";
+    const Executor executor(logits);
     const LossInputs in = check_inputs(op, logits, token_mask);
     check_loss_gradient(op, dloss, in.dtype);
     Tensor dlogits = torch::stable::new_empty(in.logits, {in.N, in.E});
-    TorchPool pool;
-    check(mmbal_router_z_loss_backward(in.dtype, dloss.const_data_ptr(), in.logits.const_data_ptr(), in.mask_data(),
-                                       in.N, in.E, dlogits.mutable_data_ptr(), pool.get()),
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_router_loss_workspace_cuda(in.N, in.E), in.logits);
+    check(mmbal_router_z_loss_backward_cuda(in.dtype, dloss.const_data_ptr(), in.logits.const_data_ptr(),
+                                            in.mask_data(), in.N, in.E, dlogits.mutable_data_ptr(), workspace.data(),
+                                            executor.get()),
           op);
+#else
+    check(mmbal_router_z_loss_backward(in.dtype, dloss.const_data_ptr(), in.logits.const_data_ptr(), in.mask_data(),
+                                       in.N, in.E, dlogits.mutable_data_ptr(), executor.get()),
+          op);
+#endif
     return dlogits;
 }
 
 } // namespace
 } // namespace mmbal
 
+#ifndef MMBAL_ON_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("load_balance_loss(Tensor logits, Tensor indices, Tensor? token_mask=None, str normalize=\"mixtral\") "
           "-> Tensor");
@@ -117,7 +130,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("router_z_loss(Tensor logits, Tensor? token_mask=None) -> Tensor");
     m.def("router_z_loss_backward(Tensor dloss, Tensor logits, Tensor? token_mask) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+#endif
+STABLE_TORCH_LIBRARY_IMPL(mmbal, MMBAL_DEVICE, m) {
     m.impl("load_balance_loss", TORCH_BOX(&mmbal::load_balance_loss));
     m.impl("load_balance_loss_backward", TORCH_BOX(&mmbal::load_balance_loss_backward));
     m.impl("router_z_loss", TORCH_BOX(&mmbal::router_z_loss));

@@ -8,11 +8,14 @@ import torch
 from mmbal import _core
 
 _LIBRARY = Path(_core.__file__).with_name("libmmbal_torch.so")
+CUDA_LIBRARY = Path(_core.__file__).with_name("libmmbal_cuda.so")
 
 if (_isa := os.environ.get("MMBAL_ISA")) is not None and not _core.is_isa_name(_isa):
     raise ValueError(f"MMBAL_ISA must be portable, avx2, avx512, avx512_bf16 or amx, got {_isa!r}")
 
 torch.ops.load_library(str(_LIBRARY))
+if torch.version.cuda is not None and CUDA_LIBRARY.exists():
+    torch.ops.load_library(str(CUDA_LIBRARY))
 
 ops = torch.ops.mmbal
 
@@ -28,15 +31,57 @@ def check_devices(op: str, **tensors) -> None:
 implementations = torch.library.Library("mmbal", "IMPL")
 
 
+def _has_kernel(operator: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, device)
+
+
+def refuse_cuda() -> list[str]:
+    """Operators with a kernel for the CPU and none for CUDA; there they raise an error that says what to do."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mmbal::")]
+    lacking = [name for name in names if _has_kernel(name, "CPU") and not _has_kernel(name, "CUDA")]
+    if CUDA_LIBRARY.exists():
+        why = "it has no CUDA kernel; move its tensors to the CPU"
+    else:
+        why = (
+            "this mmbal was installed without CUDA. Put the CUDA toolkit's nvcc on PATH and install mmbal again "
+            "(with pip install --no-build-isolation)"
+        )
+
+    def refusal(operator):
+        def refuse(*args, **options):
+            raise RuntimeError(f"{operator.removeprefix('mmbal::')}: got a CUDA tensor, but {why}")
+
+        return refuse
+
+    for name in lacking:
+        implementations.impl(name.removeprefix("mmbal::"), refusal(name), "CUDA")
+    return lacking
+
+
+refused_on_cuda = refuse_cuda()
+
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
 def autocast_to_real(op: str) -> None:
     """Autocast rule of an operator on logits: they are taken in float32 (float64 stays)."""
     call = getattr(ops, op)
 
-    def rule(logits_NE, *rest, **options):
-        with torch.autocast("cpu", enabled=False):
-            return call(logits_NE if logits_NE.dtype == torch.float64 else logits_NE.float(), *rest, **options)
+    def rule_on(device_type):
+        def rule(logits_NE, *rest, **options):
+            with torch.autocast(device_type, enabled=False):
+                return call(logits_NE if logits_NE.dtype == torch.float64 else logits_NE.float(), *rest, **options)
 
-    implementations.impl(op, rule, "AutocastCPU")
+        return rule
+
+    for device_type, key in AUTOCAST_KEYS.items():
+        implementations.impl(op, rule_on(device_type), key)
+
+
+def autocast_to_float32(op: str) -> None:
+    """Autocast rule of an operator whose tensors are all taken in float32."""
+    for device_type in AUTOCAST_KEYS:
+        torch.library.register_autocast(f"mmbal::{op}", device_type, torch.float32)
 
 
 def register_gradient(op: str, backward, setup_context) -> None:

@@ -4,9 +4,9 @@ Letters: B samples, M modalities, C classes.
 """
 
 import torch
-from torch.library import register_autocast, register_autograd, register_fake
+from torch.library import register_autograd, register_fake
 
-from mmbal._library import check_devices, ops, refuse_double_backward
+from mmbal._library import autocast_to_float32, check_devices, ops, refuse_double_backward
 from mmbal.routing import real_dtype
 
 
@@ -118,4 +118,4 @@ register_autograd("mmbal::attribution_reg_backward", _backward_backward, setup_c
 refuse_double_backward("attribution_reg_backward_backward")
 refuse_double_backward("attribution_linear")  # what it returns are the head's gradients
 for _op in ("attribution_reg", "attribution_linear"):
-    register_autocast(f"mmbal::{_op}", "cpu", torch.float32)
+    autocast_to_float32(_op)

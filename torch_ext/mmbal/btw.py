@@ -1,9 +1,9 @@
 """Fake kernels and gradients of BTW's weights and their application; the formulas are in include/mmbal/btw.h."""
 
 import torch
-from torch.library import register_autocast, register_autograd, register_fake
+from torch.library import register_autograd, register_fake
 
-from mmbal._library import check_devices, implementations, ops, refuse_double_backward
+from mmbal._library import autocast_to_float32, check_devices, implementations, ops, refuse_double_backward
 from mmbal.divergence import gradient_or_nothing, wanted
 from mmbal.routing import real_dtype
 
@@ -72,7 +72,7 @@ def _scale_backward(ctx, dscaled):
 
 register_autograd("mmbal::btw_weights", _weights_backward, setup_context=_save_weights)
 register_autograd("mmbal::scale_modalities", _scale_backward, setup_context=_save_scale)
-register_autocast("mmbal::btw_weights", "cpu", torch.float32)
+autocast_to_float32("btw_weights")
 refuse_double_backward("btw_weights_backward")
 refuse_double_backward("scale_modalities_dweights")
 implementations.impl("ema_rows_", _ema_rows_told, "ADInplaceOrView", with_keyset=True)

@@ -39,15 +39,20 @@ def _bfloat16() -> str:
 
 
 def _cuda_library():
-    """What the CUDA library says of itself, or why there is none."""
-    from mmbal import _core
+    """What the CUDA library is, and whether this torch can use it."""
+    import torch
 
-    path = Path(_core.__file__).with_name("libmmbal_cuda.so")
-    if not path.exists():
+    from mmbal._library import CUDA_LIBRARY, refused_on_cuda
+
+    if not CUDA_LIBRARY.exists():
         return "not built (needs nvcc at installation, and MMBAL_CUDA not 0)"
-    build_info = ctypes.CDLL(str(path)).mmbal_cuda_build_info
+    if torch.version.cuda is None:
+        return "present, not loaded: this torch has no CUDA"
+    build_info = ctypes.CDLL(str(CUDA_LIBRARY)).mmbal_cuda_build_info
     build_info.restype = ctypes.c_char_p
-    return f"present, {build_info().decode()}; no operator runs on CUDA yet"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU found"
+    lacking = ", ".join(sorted(name.removeprefix("mmbal::") for name in refused_on_cuda))
+    return f"loaded, {build_info().decode()}; {gpu}; CPU alone: {lacking or 'nothing'}"
 
 
 def _operators():

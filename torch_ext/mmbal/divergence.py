@@ -1,9 +1,8 @@
 """Fake kernels and gradients of the divergences; the formulas are in include/mmbal/divergence.h."""
 
-import torch
-from torch.library import register_autocast, register_fake
+from torch.library import register_fake
 
-from mmbal._library import check_devices, ops, refuse_double_backward, register_gradient
+from mmbal._library import autocast_to_float32, check_devices, ops, refuse_double_backward, register_gradient
 from mmbal.routing import real_dtype
 
 
@@ -90,5 +89,5 @@ register_gradient("gaussian_kl", _gaussian_backward, _save_gaussian)
 register_gradient("residual_kl", _residual_backward, _save_residual)
 register_gradient("categorical_kl", _categorical_backward, _save_categorical)
 for _op in ("gaussian_kl", "residual_kl", "categorical_kl"):
-    register_autocast(f"mmbal::{_op}", "cpu", torch.float32)
+    autocast_to_float32(_op)
     refuse_double_backward(f"{_op}_backward")

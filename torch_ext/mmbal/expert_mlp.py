@@ -7,7 +7,7 @@ import torch
 from torch.library import register_autograd, register_fake
 
 from mmbal import _core
-from mmbal._library import check_devices, implementations, ops, refuse_double_backward
+from mmbal._library import AUTOCAST_KEYS, check_devices, implementations, ops, refuse_double_backward
 
 
 def _expert_mlp(
@@ -65,7 +65,8 @@ def _autocast(device_type):
 
 
 implementations.impl("expert_mlp", _expert_mlp, "CompositeImplicitAutograd")
-implementations.impl("expert_mlp", _autocast("cpu"), "AutocastCPU")
+for _device_type, _key in AUTOCAST_KEYS.items():
+    implementations.impl("expert_mlp", _autocast(_device_type), _key)
 
 
 @register_fake("mmbal::expert_mlp_forward")

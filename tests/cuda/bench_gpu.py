@@ -1,0 +1,201 @@
+"""Times on a GPU: mmbal against torch's grouped product, a loop over experts, and torch.compile. Prints tables.
+
+A turn is one call of each contender, timed by the device's events; the median of the turns is given. The contenders of
+a mixture share inputs, weights and routing; all give the same result, which is checked first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "torch_ext"))
+
+import mmbal  # noqa: F401
+
+ops = torch.ops.mmbal
+TURNS = 15
+START = time.monotonic()
+LIMIT = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
+
+
+def time_left():
+    return LIMIT - (time.monotonic() - START)
+
+
+def milliseconds(contenders, turns=TURNS):
+    """name -> median of the device's time; turns interleaved, after two that are not counted."""
+    times = {name: [] for name in contenders}
+    for turn in range(turns + 2):
+        for name, call in contenders.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(5_000_000)  # the queue is full when the first kernel starts: host time stays out
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            if turn >= 2:
+                times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def quick_gelu(u):
+    return u * torch.sigmoid(1.702 * u)
+
+
+def with_grouped_mm(x, w1, b1, w2, b2, weights, indices):
+    """How a mixture is written in plain torch without waiting for the device."""
+    E, K = w1.shape[0], indices.shape[1]
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    ends = torch.bincount(flat, minlength=E).cumsum(0).int()
+    expert, token = flat[order], order // K
+    h = torch._grouped_mm(x[token], w1.transpose(1, 2), offs=ends) + b1[expert]
+    o = torch._grouped_mm(quick_gelu(h), w2.transpose(1, 2), offs=ends) + b2[expert]
+    o = o * weights.flatten()[order, None].to(o.dtype)
+    return torch.zeros_like(x).index_add(0, token, o)
+
+
+def with_loop(x, w1, b1, w2, b2, weights, indices):
+    y = torch.zeros_like(x)
+    for e in range(w1.shape[0]):
+        token, k = torch.where(indices == e)
+        a = quick_gelu(F.linear(x[token], w1[e], b1[e]))
+        y = y.index_add(0, token, F.linear(a, w2[e], b2[e]) * weights[token, k, None].to(x.dtype))
+    return y
+
+
+def with_mmbal(x, w1, b1, w2, b2, weights, indices):
+    return ops.expert_mlp(x, w1, b1, w2, b2, weights, *ops.moe_dispatch(indices, w1.shape[0]))
+
+
+def dense(x, w1, b1, w2, b2, weights, indices):
+    """The yardstick: one expert on as many rows."""
+    rows = x.repeat(indices.shape[1], 1)
+    return F.linear(quick_gelu(F.linear(rows, w1[0], b1[0])), w2[0], b2[0])
+
+
+def mixture(D, Fh, N, E, K, dtype, contenders):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape, scale=1.0):
+        t = torch.randn(*shape, generator=generator, device="cuda") * scale
+        return t.to(dtype).requires_grad_()
+
+    x, w1, b1 = random(N, D), random(E, Fh, D, scale=D**-0.5), random(E, Fh, scale=0.1)
+    w2, b2 = random(E, D, Fh, scale=Fh**-0.5), random(E, D, scale=0.1)
+    weights, indices = ops.moe_topk(torch.randn(N, E, generator=generator, device="cuda"), K)
+    weights = weights.detach().requires_grad_()
+    inputs = (x, w1, b1, w2, b2, weights)
+    dy = torch.randn(N, D, generator=generator, device="cuda").to(dtype)
+    forward, both, failed = {}, {}, {}
+    expected = None
+    for name, function in contenders.items():
+        try:
+            y = function(*inputs, indices)
+            torch.autograd.grad(y, inputs, torch.ones_like(y), allow_unused=True)
+        except Exception as error:  # a contender that cannot run is said, not hidden
+            failed[name] = str(error).splitlines()[0][:90]
+            continue
+        if name != "dense":
+            expected = y if expected is None else expected
+            off = ((y - expected).float().norm() / expected.float().norm()).item()
+            if off > 2e-2:
+                failed[name] = f"gives another result: {off:.1e} off"
+        up = dy if y.shape == dy.shape else dy.repeat(K, 1)
+
+        def run_forward(function=function):
+            with torch.no_grad():
+                function(*inputs, indices)
+
+        def run_both(function=function, up=up):
+            torch.autograd.grad(function(*inputs, indices), inputs, up, allow_unused=True)
+
+        forward[name], both[name] = run_forward, run_both
+    flop = 2 * 2 * N * K * D * Fh
+    for what, calls, factor in (("forward", forward, 1), ("forward + backward", both, 3)):
+        times = milliseconds(calls)
+        print(f"mixture {D} x {Fh}, N = {N}, E = {E}, K = {K}, {str(dtype).removeprefix('torch.')}, {what}:")
+        for name, t in times.items():
+            print(
+                f"    {name:28} {t:8.3f} ms  {factor * flop / t / 1e9:7.1f} TFLOP/s  "
+                f"{times['mmbal'] / t:5.2f} of its time is ours"
+            )
+    for name, why in failed.items():
+        print(f"    {name}: {why}")
+    print(flush=True)
+
+
+def small(title, contenders):
+    times = milliseconds(contenders)
+    print(title + ": " + ", ".join(f"{name} {1000 * t:.0f} us" for name, t in times.items()), flush=True)
+
+
+def torch_routing(logits, K):
+    values, indices = logits.topk(K)
+    return torch.softmax(values, 1), indices
+
+
+def torch_dispatch(indices, E):
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return order, torch.bincount(flat, minlength=E).cumsum(0), inverse
+
+
+def torch_balance(logits, indices):
+    E = logits.shape[1]
+    share = F.one_hot(indices, E).sum((0, 1)) / logits.shape[0]
+    return E * (share * torch.softmax(logits, 1).mean(0)).sum()
+
+
+def gradient(function, logits):
+    return lambda: torch.autograd.grad(function(), logits)
+
+
+def routers(N, E):
+    logits = torch.randn(N, E, device="cuda", requires_grad=True)
+    indices = ops.moe_topk(logits, 2)[1]
+    with torch.no_grad():
+        small(
+            f"moe_topk {N} x {E}", {"mmbal": lambda: ops.moe_topk(logits, 2), "torch": lambda: torch_routing(logits, 2)}
+        )
+        small(
+            f"moe_dispatch {N} x 2 of {E}",
+            {"mmbal": lambda: ops.moe_dispatch(indices, E), "torch": lambda: torch_dispatch(indices, E)},
+        )
+    small(
+        f"load_balance_loss and gradient {N} x {E}",
+        {
+            "mmbal": gradient(lambda: ops.load_balance_loss(logits, indices), logits),
+            "torch": gradient(lambda: torch_balance(logits, indices), logits),
+        },
+    )
+    small(
+        f"router_z_loss and gradient {N} x {E}",
+        {
+            "mmbal": gradient(lambda: ops.router_z_loss(logits), logits),
+            "torch": gradient(lambda: torch.logsumexp(logits, 1).square().mean(), logits),
+        },
+    )
+
+
+print(torch.cuda.get_device_name(), "torch", torch.__version__, "- TF32 off for float32")
+for N in (8192, 131072):
+    routers(N, 8)
+print(flush=True)
+plain = {"mmbal": with_mmbal, "torch grouped_mm": with_grouped_mm, "torch loop over experts": with_loop, "dense": dense}
+mixture(768, 3072, 8192, 4, 2, torch.bfloat16, plain)
+mixture(768, 3072, 8192, 4, 2, torch.float32, plain)
+mixture(1024, 4096, 16384, 8, 2, torch.bfloat16, plain)
+mixture(768, 3072, 8192, 4, 2, torch.float16, plain)
+if time_left() > 25:
+    compiled = {**plain, "torch.compile of grouped_mm": torch.compile(with_grouped_mm)}
+    mixture(768, 3072, 8192, 4, 2, torch.bfloat16, compiled)
+else:
+    print("torch.compile: not run, no time left")

@@ -1,0 +1,161 @@
+// CUDA on a CPU, for tests alone: with this folder in front of the compiler's search path, g++ compiles ops/cuda/*.cu
+// unchanged and a launch runs every thread of every block.
+//
+// The threads of a block are fibres of one operating-system thread; they change places at barriers and warp
+// primitives, in an order that `cuda_shim::options.seed` chooses. Blocks run one after another, in that order too.
+// What a GPU hides is reported (see fibres.h and memory.h): barriers that threads of a block reach at different places,
+// deadlock, lanes that name different masks, races, reads of memory that nothing wrote, accesses beyond its end.
+//
+// What it does not have: time, register limits, coalescing and bank conflicts, wgmma and asynchronous copies, the last
+// bits of the GPU's own exp and log. Only what ops/cuda uses is here. `__shared__` is left out: kernels ask
+// mmbal::shared_memory (ops/cuda/launch.cuh), so that each block gets exactly as much as its launch asked for.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "fibres.h"
+#include "memory.h"
+
+#define MMBAL_CUDA_ON_CPU 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+using cuda_shim::blockDim, cuda_shim::blockIdx, cuda_shim::gridDim, cuda_shim::threadIdx;
+using cuda_shim::dim3, cuda_shim::uint3;
+constexpr int warpSize = 32;
+
+struct __align__(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+// Where a barrier or primitive was called: the line of its call in the source of the kernel.
+#define SHIM_SITE int site = __builtin_LINE()
+
+inline void __syncthreads(SHIM_SITE) { cuda_shim::block_barrier(site); }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, SHIM_SITE) { cuda_shim::gather(mask, 0, site, true); }
+
+namespace cuda_shim {
+
+template <typename T>
+uint64_t bits_of(T value) {
+    static_assert(sizeof(T) <= 8);
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    return bits;
+}
+
+// From an exited lane, or one outside the mask, the value is undefined: here it is the poison.
+template <typename T>
+T shuffled(unsigned mask, T value, int source, int site) {
+    const Gathered lanes = gather(mask, bits_of(value), site);
+    T result;
+    if (lanes.present >> source & 1)
+        memcpy(&result, &lanes.values[source], sizeof result);
+    else
+        memset(&result, options.poison, sizeof result);
+    return result;
+}
+
+} // namespace cuda_shim
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, SHIM_SITE) {
+    const int lane = cuda_shim::lane();
+    return cuda_shim::shuffled(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), site);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SHIM_SITE) {
+    const int lane = cuda_shim::lane(), source = lane ^ bits;
+    return cuda_shim::shuffled(mask, value, (source & ~(width - 1)) > (lane & ~(width - 1)) ? lane : source, site);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, SHIM_SITE) {
+    const int lane = cuda_shim::lane(), within = lane & (width - 1);
+    return cuda_shim::shuffled(mask, value, within < static_cast<int>(by) ? lane : lane - static_cast<int>(by), site);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, SHIM_SITE) {
+    const int lane = cuda_shim::lane(), within = lane & (width - 1);
+    const int source = within + static_cast<int>(by) < width ? lane + static_cast<int>(by) : lane;
+    return cuda_shim::shuffled(mask, value, source, site);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, SHIM_SITE) {
+    const cuda_shim::Gathered lanes = cuda_shim::gather(mask, predicate != 0, site);
+    unsigned result = 0;
+    for (int i = 0; i < 32; i++) result |= (lanes.present >> i & 1) && lanes.values[i] ? 1u << i : 0;
+    return result;
+}
+inline int __any_sync(unsigned mask, int predicate, SHIM_SITE) { return __ballot_sync(mask, predicate, site) != 0; }
+inline int __all_sync(unsigned mask, int predicate, SHIM_SITE) { return __ballot_sync(mask, !predicate, site) == 0; }
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value, SHIM_SITE) {
+    const cuda_shim::Gathered lanes = cuda_shim::gather(mask, cuda_shim::bits_of(value), site);
+    unsigned result = 0;
+    for (int i = 0; i < 32; i++)
+        result |= (lanes.present >> i & 1) && lanes.values[i] == cuda_shim::bits_of(value) ? 1u << i : 0;
+    return result;
+}
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline int atomicExch(int *address, int value) { return cuda_shim::exchange(address, value); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+template <typename T>
+T __ldg(const T *address) {
+    return *address;
+}
+[[noreturn]] inline void __trap() {
+    cuda_shim::report("__trap: a check of the kernel failed, " + cuda_shim::where_am_i());
+    cuda_shim::abandon();
+}
+
+// The host's side, as far as a launcher needs it. Streams are no more than a name: a launch returns when it is done.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+typedef struct CUstream_st *cudaStream_t;
+struct cudaLaunchAttribute {};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+
+template <typename... Expected, typename... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Expected...), Given &&...given) {
+    const std::tuple<Expected...> arguments(std::forward<Given>(given)...);
+    cuda_shim::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                      [&] { std::apply(kernel, arguments); });
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void *data, int byte, size_t bytes, cudaStream_t) {
+    memset(data, byte, bytes);
+    cuda_shim::mark_written(data, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char *cudaGetErrorString(cudaError_t) { return "an error of the shim"; }
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel *, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 9;
+    return cudaSuccess;
+}

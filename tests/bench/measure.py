@@ -40,6 +40,13 @@ class Times:
         low, _, high = statistics.quantiles(self.seconds, n=4)
         return (high - low) / self.median
 
+    def over(self, other: Times) -> tuple[float, float]:
+        """The median ratio to the other's turn of the same round, as what slows the machine meets both, and the
+        standard error of that median (of normal ratios, from their quartiles)."""
+        ratios = [mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        return middle, 1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5
+
 
 def interleaved(
     contenders: dict[str, Callable[[], None]], seconds: float, least: int = 3, before: Callable[[], None] | None = None

@@ -9,6 +9,9 @@
 #include "bfloat16.h"
 #include "float16.h"
 
+/* What gemm_body.h and the packing define: not every BODY calls all of it. */
+#define PRODUCT_PART static __attribute__((unused))
+
 #define COPY(kernels, n, from, to) ((void)(kernels), memcpy(to, from, (size_t)(n) * sizeof *(to)))
 #define TRANSPOSE_32(kernels, ...) (kernels)->transpose_32(__VA_ARGS__)
 #define TRANSPOSE_64(kernels, ...) (kernels)->transpose_64(__VA_ARGS__)

@@ -18,7 +18,7 @@ typedef struct {
     int64_t stride, first; /* data begins with row `first` */
 } NAME(rows);
 
-static const OPERAND *NAME(row_of)(const NAME(rows) * rows, int64_t row) {
+PRODUCT_PART const OPERAND *NAME(row_of)(const NAME(rows) * rows, int64_t row) {
     return rows->data + (row - rows->first) * rows->stride;
 }
 
@@ -47,7 +47,7 @@ typedef struct {
     int64_t stride, panel; /* between its rows, between its panels */
 } NAME(panels);
 
-static NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPERAND *packed, int64_t depth) {
+PRODUCT_PART NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPERAND *packed, int64_t depth) {
     const int64_t cols = kernels->OF_OPERAND(tile_cols);
     const NAME(panels) made = {kernels->OF_OPERAND(tile), packed, cols * NAME(GROUP), cols * depth};
     return made;
@@ -56,7 +56,7 @@ static NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, const OPER
 /* c[i, j] = sum over the depth of a(i, d) b(d, j), rows x cols. The rows of a tile stay in the first-level cache while
  * all panels of b pass by; those of the next tile are fetched meanwhile. a_rows: rows of a that there are, at
  * least rows. */
-static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
+PRODUCT_PART void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
                                   const OPERAND *a, int64_t a_stride, int64_t a_rows, NAME(panels) b, REAL *c,
                                   int64_t c_stride, tile_result result, fetches *ahead) {
     const int tile_rows = kernels->OF_OPERAND(tile_rows), tile_cols = kernels->OF_OPERAND(tile_cols);
@@ -72,7 +72,7 @@ static void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, in
 }
 
 /* The same for one panel, which stays in the first-level cache while all rows pass by. */
-static void NAME(multiply_rows)(const mmbal_kernels *kernels, int64_t rows, int64_t depth, const OPERAND *a,
+PRODUCT_PART void NAME(multiply_rows)(const mmbal_kernels *kernels, int64_t rows, int64_t depth, const OPERAND *a,
                                 int64_t a_stride, NAME(panels) b, REAL *c, int64_t c_stride, tile_result result,
                                 fetches *ahead) {
     const int64_t height = ceil_div(rows, ceil_div(rows, kernels->OF_OPERAND(tile_rows)));
@@ -82,13 +82,13 @@ static void NAME(multiply_rows)(const mmbal_kernels *kernels, int64_t rows, int6
 }
 
 /* Elements of the panels of `cols` columns. */
-static int64_t NAME(panel_elements)(const mmbal_kernels *kernels, int64_t cols, int64_t depth) {
+PRODUCT_PART int64_t NAME(panel_elements)(const mmbal_kernels *kernels, int64_t cols, int64_t depth) {
     const int64_t tile_cols = kernels->OF_OPERAND(tile_cols);
     return ceil_div(cols, tile_cols) * tile_cols * NAME(packed_depth)(depth);
 }
 
 /* All panels of an expert's B [depth, cols], one after the other over the whole depth. */
-static void NAME(pack_all)(const mmbal_kernels *kernels, NAME(weights) b, int64_t depth, int64_t cols,
+PRODUCT_PART void NAME(pack_all)(const mmbal_kernels *kernels, NAME(weights) b, int64_t depth, int64_t cols,
                            OPERAND *packed) {
     const int tile_cols = kernels->OF_OPERAND(tile_cols);
     for (int64_t col = 0; col < cols; col += tile_cols) {
@@ -101,7 +101,7 @@ static void NAME(pack_all)(const mmbal_kernels *kernels, NAME(weights) b, int64_
 }
 
 /* Steps of depth that the tiles of rows x cols take together. */
-static int64_t NAME(tile_steps)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth) {
+PRODUCT_PART int64_t NAME(tile_steps)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth) {
     return ceil_div(rows, kernels->OF_OPERAND(tile_rows)) * ceil_div(cols, kernels->OF_OPERAND(tile_cols)) *
            (depth / NAME(GROUP));
 }
@@ -116,7 +116,7 @@ typedef struct {
 
 /* A step of the depth is short where weights are read in place: what it reads stays in the caches even where the rows
  * of the weights are 16 KiB apart and so share few of their sets. */
-static NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weights) b, block place, int64_t depth,
+PRODUCT_PART NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weights) b, block place, int64_t depth,
                                         int64_t step_of_many) {
     const int in_place = OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 &&
                          !b.packed && !b.transposed && place.few && place.rows <= NAME(ROWS_IN_PLACE);
@@ -126,7 +126,7 @@ static NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weigh
 }
 
 /* The panels of the step that begins at `from`, where all of an expert's lie packed. */
-static NAME(panels) NAME(packed_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
+PRODUCT_PART NAME(panels) NAME(packed_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
     NAME(panels) whole = NAME(packed_panels)(kernels, r->b.packed, NAME(packed_depth)(r->depth));
     const int64_t tile_cols = kernels->OF_OPERAND(tile_cols);
     whole.data += r->place.col / tile_cols * whole.panel + from * tile_cols;
@@ -134,7 +134,7 @@ static NAME(panels) NAME(packed_step)(const mmbal_kernels *kernels, const NAME(r
 }
 
 /* What a block reads of memory in the step of its depth that begins at `from`. */
-static fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
+PRODUCT_PART fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
     const int64_t deep = least(r->step, r->depth - from), size = (int64_t)sizeof(STORED);
     if (r->b.packed) {
         const NAME(panels) step = NAME(packed_step)(kernels, r, from);
@@ -150,7 +150,7 @@ static fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) 
 }
 
 /* With few rows every panel is read once, when its turn comes: in place, packed before, or packed now. */
-static void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
+PRODUCT_PART void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
                                const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
                                NAME(scratch) * s) {
     const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), packed_depth = NAME(packed_depth)(deep);
@@ -174,7 +174,7 @@ static void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(reading)
 }
 
 /* With many rows the panels of a step stay in the second-level cache. */
-static void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
+PRODUCT_PART void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
                                 const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
                                 NAME(scratch) * s) {
     const int64_t packed_depth = NAME(packed_depth)(deep), cols = r->place.cols;
@@ -189,7 +189,7 @@ static void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(reading
 
 /* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. next: what this worker reads
  * after it, or NULL. */
-static void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, const NAME(reading) * r,
+PRODUCT_PART void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, const NAME(reading) * r,
                            const NAME(reading) * next, NAME(scratch) * s) {
     for (int64_t from = 0; from < r->depth; from += r->step) {
         const int64_t deep = least(r->step, r->depth - from);

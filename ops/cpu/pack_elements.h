@@ -7,7 +7,7 @@ enum { NAME(GROUP) = 1, NAME(ROWS_IN_PLACE) = 128, NAME(TURNED_AT_ONCE) = 16 };
 static inline int64_t NAME(packed_depth)(int64_t depth) { return depth; }
 
 /* Row d of every panel from one row of B. */
-static void NAME(deal)(const OPERAND *row, int64_t cols, int panel_cols, int64_t depth, OPERAND *to) {
+PRODUCT_PART void NAME(deal)(const OPERAND *row, int64_t cols, int panel_cols, int64_t depth, OPERAND *to) {
     for (int64_t left = 0; left < cols; left += panel_cols, to += panel_cols * depth) {
         const int64_t here = least(panel_cols, cols - left);
         if (here % 8 == 0) /* a length that the compiler knows is copied without a call */
@@ -19,7 +19,7 @@ static void NAME(deal)(const OPERAND *row, int64_t cols, int panel_cols, int64_t
 }
 
 /* packed[panel][d][i] = rows(from + d, col + panel panel_cols + i), zero beyond cols */
-static void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, int64_t from, int64_t depth,
+PRODUCT_PART void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, int64_t from, int64_t depth,
                             int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
     (void)kernels;
     fetch ahead = make_fetch(NAME(row_of)(b, from) + col, b->stride * (int64_t)sizeof(OPERAND), depth,
@@ -32,7 +32,7 @@ static void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, 
 }
 
 /* packed[panel][d][i] = B(from + d, col + panel panel_cols + i), zero beyond cols */
-static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights) * b, int64_t from, int64_t depth,
+PRODUCT_PART void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights) * b, int64_t from, int64_t depth,
                                int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
     if (!b->transposed) {
         OPERAND line[BLOCK_COLS];
@@ -72,7 +72,7 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
 
 /* to[j, i] = from[i, j]. A few rows of `to` at a time: they are written from end to end, which the processor follows.
  */
-static void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,
+PRODUCT_PART void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,
                        int64_t cols, OPERAND *to, int64_t to_stride) {
     for (int64_t j = 0; j < cols; j += NAME(TURNED_AT_ONCE))
         TRANSPOSE(kernels, from + j, from_stride, rows, least(NAME(TURNED_AT_ONCE), cols - j), to + j * to_stride,

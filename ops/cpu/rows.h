@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "arena.h"
+#include "mmbal/alignment.h"
 #include "mmbal/attribution.h"
 #include "mmbal/btw.h"
 #include "mmbal/dtype.h"
@@ -152,11 +153,55 @@ typedef struct {
 
 enum { ELEMENTS_PER_TILE = 256 };
 
+/* Rows of embeddings and the vectors of length 1 that they point along; see mmbal/alignment.h. */
+typedef struct {
+    const void *x;          /* [A, width] */
+    const uint8_t *present; /* [A] or NULL */
+    int64_t width, stride;
+    void *unit;      /* [A, stride] real: x / |x|; 0 beyond width, and where a row is not present */
+    double *inverse; /* [A] 1 / |x|, 0 where there is no gradient */
+    void *dx;        /* [A, width], of unit_gradient */
+} unit_rows;
+
+static const double LEAST_NORM = 1e-12; /* as torch.nn.functional.normalize has it */
+
+/* Own rows of an alignment. */
+typedef struct {
+    const mmbal_alignment *alignment;
+    double *losses;       /* [B], forward */
+    double scale;         /* what is upstream of a row's loss, backward */
+    void *dpred, *dtarget; /* [B, D] or NULL */
+} regression_rows;
+
+/* A block of similarities: rows x cols, row by row `stride` apart. */
+enum { SIMILARITY_ROWS = 280, SIMILARITY_COLS = 512, SUMMED_AT_ONCE = 32 };
+typedef struct {
+    void *z;                        /* real: products, then logits, then their gradient */
+    int64_t rows, cols, stride;
+    int64_t row, col;               /* of its first element among all candidates */
+    double inverse_tau;
+    const void *penalty;            /* [A] real: 0, or -inf where a candidate is not present */
+    const int64_t *groups;          /* [A] or NULL */
+} similarity_block;
+
+/* Of rows and columns, [A] real: logsumexps, infinite where a candidate is none of our own; weights of their losses. */
+typedef struct {
+    const void *row_normalizer, *row_weight, *col_normalizer, *col_weight;
+    int symmetric;
+} similarity_weights;
+
 /* By mmbal_dtype. Indices are rows, for weights_backward chunks. */
 typedef struct mmbal_row_tasks {
     mmbal_task *cross_entropy[4], *softmax_entropy[4];
     mmbal_task *attribution[4], *attribution_backward[4], *attribution_second[4];
     mmbal_task *linear_scores[4], *linear_gradients[4], *linear_zeta[4], *linear_weights[4];
+    mmbal_task *unit[4], *regression[4], *regression_backward[4];
+    void (*unit_gradient[4])(const unit_rows *rows, int64_t a, const void *dunit); /* dunit [width] real */
+    /* By whether real is float64. largest and sum: [rows] or [cols] real */
+    void (*similarity_logits[2])(const similarity_block *block);
+    void (*similarity_rows[2])(const similarity_block *block, void *largest, void *sum);
+    void (*similarity_cols[2])(const similarity_block *block, void *largest, void *sum);
+    void (*similarity_gradient[2])(const similarity_block *block, const similarity_weights *of);
     /* sums[units] of the squares of a block, and the product of a block with scale[units] */
     void (*squares[4])(const unit_block *block, double *sums);
     void (*multiply[4])(const unit_block *block, const double *scale);

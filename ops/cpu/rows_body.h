@@ -35,11 +35,25 @@ typedef int64_t lane_integer_f64;
 #define BODY "attribution_linear_body.h"
 #include "each_dtype.h"
 #undef BODY
+#define BODY "alignment_rows_body.h"
+#include "each_dtype.h"
+#undef BODY
 #define BODY "units_body.h"
 #include "each_dtype.h"
 #undef BODY
 #define BODY "elements_body.h"
 #include "each_dtype.h"
+
+#define REAL float
+#define NAME(f) f##_f32
+#include "similarity_body.h"
+#undef REAL
+#undef NAME
+#define REAL double
+#define NAME(f) f##_f64
+#include "similarity_body.h"
+#undef REAL
+#undef NAME
 
 #define FOR_EACH_DTYPE(task)                                                                                           \
     {[MMBAL_F32] = task##_f32, [MMBAL_BF16] = task##_bf16, [MMBAL_F64] = task##_f64, [MMBAL_F16] = task##_f16}
@@ -60,6 +74,14 @@ const mmbal_row_tasks ROW_TASKS = {.normal_kl = FOR_EACH_DTYPE(normal_kl_task),
                                    .linear_gradients = FOR_EACH_DTYPE(linear_gradients_task),
                                    .linear_zeta = FOR_EACH_DTYPE(linear_zeta_task),
                                    .linear_weights = FOR_EACH_DTYPE(linear_weights_task),
+                                   .unit = FOR_EACH_DTYPE(unit_task),
+                                   .regression = FOR_EACH_DTYPE(regression_task),
+                                   .regression_backward = FOR_EACH_DTYPE(regression_backward_task),
+                                   .unit_gradient = FOR_EACH_DTYPE(unit_gradient),
+                                   .similarity_logits = {similarity_logits_f32, similarity_logits_f64},
+                                   .similarity_rows = {similarity_rows_f32, similarity_rows_f64},
+                                   .similarity_cols = {similarity_cols_f32, similarity_cols_f64},
+                                   .similarity_gradient = {similarity_gradient_f32, similarity_gradient_f64},
                                    .squares = FOR_EACH_DTYPE(squares),
                                    .multiply = FOR_EACH_DTYPE(multiply),
                                    .element_weights = FOR_EACH_DTYPE(element_weights),

@@ -1,0 +1,114 @@
+"""The loss that aligns two modalities: fake kernels, gradient; the formulas are in include/mmbal/alignment.h.
+
+Letters: B own rows, D width of what is regressed, A candidates of all processes, C width of the embeddings.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from mmbal._library import check_devices, implementations, ops, refuse_double_backward
+from mmbal.routing import real_dtype
+
+
+def align_loss(
+    pred: Tensor,
+    target: Tensor,
+    source_embedding: Tensor,
+    target_embedding: Tensor,
+    group_ids: Tensor | None = None,
+    present: Tensor | None = None,
+    offset: int = 0,
+    tau: float = 0.03,
+    alpha: float = 0.5,
+    regression: str = "smooth_l1",
+    beta: float = 1.0,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regression of a target and symmetric InfoNCE, fused (M3-JEPA, arXiv 2409.05929).
+
+    Args:
+        pred, target: [B, D], the prediction and what it is to be.
+        source_embedding, target_embedding: [A, C], what is contrasted, not yet normalised: the rows of all processes,
+            of which offset .. offset + B are those of pred. On one process A = B.
+        group_ids: int64 [A]; candidates with the id of a row are no negatives of it (several captions of an image).
+        present: bool [A]; rows to leave out of both losses, which are not read.
+        offset: of the own rows among the candidates.
+        tau: temperature of the similarities.
+        alpha: loss = alpha regression + (1 - alpha) contrastive.
+        regression: "smooth_l1" (with ``beta``), "mse", "l2" (the squared sum over D) or "cosine".
+        symmetric: both directions, halved; or own source rows over the target candidates alone.
+
+    Returns:
+        loss, regression, contrastive: scalars, float32 (float64 for float64). Means over the present rows; the mean over
+        processes of equal B is that of the joined batch, so gather with gradients that are summed
+        (``torch.distributed.nn.functional.all_gather``) and let DDP average. With one present candidate contrastive is 0.
+    """
+    return ops.align_loss(
+        pred,
+        target,
+        source_embedding,
+        target_embedding,
+        group_ids,
+        present,
+        offset,
+        tau,
+        alpha,
+        regression,
+        beta,
+        symmetric,
+    )[:3]
+
+
+@register_fake("mmbal::align_loss")
+def _(pred_BD, target_BD, source_AC, target_AC, group_ids_A=None, present_A=None, *options, **named):
+    check_devices(
+        "align_loss",
+        pred=pred_BD,
+        target=target_BD,
+        source_embedding=source_AC,
+        target_embedding=target_AC,
+        group_ids=group_ids_A,
+        present=present_A,
+    )
+    real = real_dtype(pred_BD.dtype)
+    scalars = [pred_BD.new_empty((), dtype=real) for _ in range(3)]
+    return *scalars, pred_BD.new_empty(2, pred_BD.shape[0], dtype=real)
+
+
+@register_fake("mmbal::align_loss_backward")
+def _(dloss, dregression, dcontrastive, pred_BD, target_BD, source_AC, target_AC, normalizers_2B, *rest):
+    inputs, needed = (pred_BD, target_BD, source_AC, target_AC), rest[-1]
+    return tuple(t.new_empty(t.shape if wanted else 0) for t, wanted in zip(inputs, needed, strict=True))
+
+
+def _save(ctx, inputs, output):
+    pred_BD, target_BD, source_AC, target_AC, group_ids_A, present_A, *ctx.options = inputs
+    normalizers_2B = output[3]
+    ctx.save_for_backward(pred_BD, target_BD, source_AC, target_AC, normalizers_2B, group_ids_A, present_A)
+    ctx.mark_non_differentiable(normalizers_2B)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, dregression, dcontrastive, _):
+    needed, nothing = list(ctx.needs_input_grad[:4]), [None] * (len(ctx.needs_input_grad) - 4)
+    upstream = (dloss, dregression, dcontrastive)
+    if not any(needed) or all(t is None for t in upstream):
+        return *([None] * 4), *nothing
+    normalizers_2B = ctx.saved_tensors[4]
+    upstream = [normalizers_2B.new_zeros(()) if t is None else t for t in upstream]
+    gradients = ops.align_loss_backward(*upstream, *ctx.saved_tensors, *ctx.options, needed)
+    return *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True)), *nothing
+
+
+def _autocast(pred_BD, target_BD, source_AC, target_AC, *rest, **options):
+    """In float32, or in float64 where any of the four is."""
+    tensors = (pred_BD, target_BD, source_AC, target_AC)
+    real = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    with torch.autocast("cpu", enabled=False):
+        return ops.align_loss(*(t.to(real) for t in tensors), *rest, **options)
+
+
+register_autograd("mmbal::align_loss", _backward, setup_context=_save)
+implementations.impl("align_loss", _autocast, "AutocastCPU")
+refuse_double_backward("align_loss_backward")

@@ -202,6 +202,9 @@ typedef struct mmbal_row_tasks {
     void (*similarity_rows[2])(const similarity_block *block, void *largest, void *sum);
     void (*similarity_cols[2])(const similarity_block *block, void *largest, void *sum);
     void (*similarity_gradient[2])(const similarity_block *block, const similarity_weights *of);
+    /* Where z [rows, cols] is at least its column's threshold; how many there are. */
+    int64_t (*at_least[2])(const void *z, int64_t rows, int64_t cols, int64_t stride, const void *thresholds,
+                           int32_t *places);
     /* sums[units] of the squares of a block, and the product of a block with scale[units] */
     void (*squares[4])(const unit_block *block, double *sums);
     void (*multiply[4])(const unit_block *block, const double *scale);

@@ -47,11 +47,13 @@ typedef int64_t lane_integer_f64;
 #define REAL float
 #define NAME(f) f##_f32
 #include "similarity_body.h"
+#include "threshold_body.h"
 #undef REAL
 #undef NAME
 #define REAL double
 #define NAME(f) f##_f64
 #include "similarity_body.h"
+#include "threshold_body.h"
 #undef REAL
 #undef NAME
 
@@ -78,6 +80,7 @@ const mmbal_row_tasks ROW_TASKS = {.normal_kl = FOR_EACH_DTYPE(normal_kl_task),
                                    .regression = FOR_EACH_DTYPE(regression_task),
                                    .regression_backward = FOR_EACH_DTYPE(regression_backward_task),
                                    .unit_gradient = FOR_EACH_DTYPE(unit_gradient),
+                                   .at_least = {at_least_f32, at_least_f64},
                                    .similarity_logits = {similarity_logits_f32, similarity_logits_f64},
                                    .similarity_rows = {similarity_rows_f32, similarity_rows_f64},
                                    .similarity_cols = {similarity_cols_f32, similarity_cols_f64},

@@ -12,6 +12,7 @@ from mmbal import (  # noqa: F401  (the operators register themselves)
     integrations,
     mcl,
     mutual_info,
+    retrieval,
     router_loss,
     routing,
     sampling,

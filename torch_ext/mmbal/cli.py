@@ -168,5 +168,11 @@ def attribution(out: Out = Path("mmbal-study/attribution"), seeds: Seeds = 5, qu
     _conduct("attribution", out, seeds, quick)
 
 
+@study.command()
+def altmoe(out: Out = Path("mmbal-study/altmoe"), seeds: Seeds = 3, quick: Quick = False):
+    """Aligns six views of handwritten digits, direction by direction through one mixture (Alt-MoE), against rivals."""
+    _conduct("altmoe", out, seeds, quick)
+
+
 if __name__ == "__main__":
     app()

@@ -209,7 +209,7 @@ def test_idle_experts_without_trained_biases_are_found_by_their_weights():
     optimizer = MAKE["adamw"](moe.parameters())
     before = copy.deepcopy(moe.experts)
     moe(torch.rand(7, 4)).sum().backward()
-    with idle_experts_untouched([moe], optimizer):
+    with idle_experts_untouched([moe.experts], optimizer):
         optimizer.step()
     assert torch.equal(moe.experts.w1[1:], before.w1[1:]) and not torch.equal(moe.experts.w1[0], before.w1[0])
 

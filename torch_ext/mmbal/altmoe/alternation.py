@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmbal.altmoe.gather import every
-from mmbal.altmoe.optimizer_state import MomentsByTask, idle_experts_untouched, parameters_of
+from mmbal.altmoe.optimizer_state import MomentsByTask, experts_of, idle_experts_untouched, parameters_of
 from mmbal.altmoe.schedule import DirectionSchedule
 from mmbal.methods.rows import choose, ranks
 
@@ -63,7 +63,7 @@ class Alternation:
         if state == "per_direction" and optimizer.state:
             raise ValueError("alternate: state='per_direction' needs an optimizer that has not stepped yet")
         self.optimizer, self.accumulate, self.clip, self.amp = optimizer, accumulate, clip, amp
-        self.lr_scheduler, self.group, self.models = lr_scheduler, group, list(models)
+        self.lr_scheduler, self.group, self.experts = lr_scheduler, group, experts_of(models)
         self.moments = MomentsByTask(optimizer) if state == "per_direction" else None
         self.idle_experts = idle_experts
         device = parameters_of(optimizer)[0].device.type
@@ -109,7 +109,7 @@ class Alternation:
             else:
                 norm = torch.nn.utils.clip_grad_norm_(trained, self.clip)
             keep = self.idle_experts == "keep"
-            with idle_experts_untouched(self.models, self.optimizer) if keep else nullcontext():
+            with idle_experts_untouched(self.experts, self.optimizer) if keep else nullcontext():
                 if self.scaler is None:
                     self.optimizer.step()
                 else:

@@ -16,6 +16,10 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def experts_of(models: Iterable[nn.Module]) -> list[Experts]:
+    return [module for model in models for module in model.modules() if isinstance(module, Experts)]
+
+
 class MomentsByTask:
     """The optimizer's state of each task apart: momentum and second moments of one task never see another's gradients.
     As many copies of the state as there are tasks that use a parameter."""
@@ -56,7 +60,7 @@ class MomentsByTask:
 
 
 @contextmanager
-def idle_experts_untouched(models: Iterable[nn.Module], optimizer: torch.optim.Optimizer):
+def idle_experts_untouched(every: Iterable[Experts], optimizer: torch.optim.Optimizer):
     """Around ``optimizer.step()``: experts without a row in this step keep weights and moments bit for bit. Their
     gradient is zero, not None, as they share tensors with the others; stale momentum and decay would move them.
 
@@ -64,7 +68,7 @@ def idle_experts_untouched(models: Iterable[nn.Module], optimizer: torch.optim.O
     """
     trained = set(parameters_of(optimizer))
     saved = []
-    for experts in (module for model in models for module in model.modules() if isinstance(module, Experts)):
+    for experts in every:
         idle = _idle(experts)
         if idle is None or not idle.any():
             continue

@@ -134,8 +134,8 @@ def markdown(results: dict) -> str:
 - Retrieve the same picture of a digit by another view of it, among {rows["test"]} test pictures; {rows["train"]}
   training, {rows["validation"]} validation pictures. Views: {views}. Each is standardised.
 - All arms see each of the {directions} directions in {passes} passes over the training pictures: alternating arms in
-  one optimizer step a batch and direction, the joint arm in one step a batch with the mean loss of all directions, so in
-  {directions} times fewer steps; it has a learning rate of its own ({recipe["joint_learning_rate"]:g} against
+  one optimizer step a batch and direction, the joint arm in one step a batch with the mean loss of all directions, so
+  in {directions} times fewer steps; it has a learning rate of its own ({recipe["joint_learning_rate"]:g} against
   {recipe["learning_rate"]:g}), each the best of those tried on validation pictures of another seed. AdamW, weight decay
   {recipe["weight_decay"]:g}, half a cosine, gradients clipped to 1; the best of {recipe["evaluations"]} evaluations by
   mean validation recall@1 counts.
@@ -151,8 +151,8 @@ def markdown(results: dict) -> str:
     lines = [
         "# Alt-MoE: any view of a digit from any other, direction by direction",
         "",
-        f"{count} seed{'s' if count > 1 else ''}. Mean ± standard deviation over the seeds; gains are points paired with "
-        "the alternating mixture of the same seed, mean ± standard error, bold where clear.",
+        f"{count} seed{'s' if count > 1 else ''}. Mean ± standard deviation over the seeds; gains are points paired "
+        "with the alternating mixture of the same seed, mean ± standard error, bold where clear.",
         "",
         "## Verdict",
         "",

@@ -67,6 +67,7 @@ bench: $(INSTALLED) bench-phases ## benchmarks against peers, a chosen subset in
 	$(VENV)/bin/python tests/bench/btw.py
 	$(VENV)/bin/python tests/bench/amss.py
 	$(VENV)/bin/python tests/bench/attribution.py
+	$(VENV)/bin/python tests/bench/altmoe.py
 
 .PHONY: bench-btw
 bench-btw: $(INSTALLED) ## the part of bench about weights of modalities
@@ -79,6 +80,10 @@ bench-amss: $(INSTALLED) ## the part of bench about masked subnetworks
 .PHONY: bench-attribution
 bench-attribution: $(INSTALLED) ## the part of bench about attribution regularisation
 	$(VENV)/bin/python tests/bench/attribution.py $(ARGS)
+
+.PHONY: bench-altmoe
+bench-altmoe: $(INSTALLED) ## the part of bench about aligning modalities and searching them
+	$(VENV)/bin/python tests/bench/altmoe.py $(ARGS)
 
 .PHONY: bench-full
 bench-full: $(INSTALLED) ## benchmarks of every shape, hours; goes on where it was stopped

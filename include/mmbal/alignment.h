@@ -8,12 +8,12 @@
  *   regression   for an own row, over its D numbers d = pred - target:
  *                  smooth_l1  mean of d^2 / (2 beta) where |d| < beta, else of |d| - beta / 2
  *                  mse        mean of d^2              l2  sum of d^2              cosine  1 - cos(pred, target)
- *   contrastive  z[i,j] = cos(source_i, target_j) / tau,  L_i = logsumexp_j z[i,j] - z[i,i],  R_i the same over column i;
- *                for an own row (L_i + R_i) / 2 where symmetric, else L_i. Left out of the logsumexp: candidates that are
- *                not present, and j != i with the group of i (further positives, not negatives).
- *   both         are summed over the own rows that are present, times A / (B P), P the number of present candidates:
- *                their mean where A = B. The mean over processes with equal B is that of the joined batch, also where
- *                they miss different numbers of rows (where B differs, the sum of B / A times each).
+ *   contrastive  z[i,j] = cos(source_i, target_j) / tau,  L_i = logsumexp_j z[i,j] - z[i,i],  R_i the same over column
+ * i; for an own row (L_i + R_i) / 2 where symmetric, else L_i. Left out of the logsumexp: candidates that are not
+ * present, and j != i with the group of i (further positives, not negatives). both         are summed over the own rows
+ * that are present, times A / (B P), P the number of present candidates: their mean where A = B. The mean over
+ * processes with equal B is that of the joined batch, also where they miss different numbers of rows (where B differs,
+ * the sum of B / A times each).
  *
  * P < 2: contrastive 0, without a gradient; P = 0 or B = 0: all 0. Rows that are not present are not read, and their
  * gradients are 0. cos(x, y) = <x, y> / (max(|x|, 1e-12) max(|y|, 1e-12)); where a norm is at most 1e-12 the vector has
@@ -43,12 +43,12 @@ typedef enum mmbal_regression {
 int mmbal_regression_from_name(const char *name, mmbal_regression *regression);
 
 typedef struct mmbal_alignment {
-    const void *pred, *target;                          /* [B, D] */
-    const void *source_embedding, *target_embedding;    /* [A, C] */
-    const int64_t *groups;                              /* [A] or NULL: each its own */
-    const uint8_t *present;                             /* [A] or NULL: all */
-    int64_t B, D, A, C, offset;                         /* 0 <= offset <= A - B; D, C >= 1 */
-    mmbal_dtype dtype;                                  /* of the four */
+    const void *pred, *target;                       /* [B, D] */
+    const void *source_embedding, *target_embedding; /* [A, C] */
+    const int64_t *groups;                           /* [A] or NULL: each its own */
+    const uint8_t *present;                          /* [A] or NULL: all */
+    int64_t B, D, A, C, offset;                      /* 0 <= offset <= A - B; D, C >= 1 */
+    mmbal_dtype dtype;                               /* of the four */
     mmbal_regression regression;
     double tau;   /* 1e-30 <= tau <= 1e30 */
     double alpha; /* 0 <= alpha <= 1: what has no weight is left out, even if it is not finite */
@@ -58,7 +58,7 @@ typedef struct mmbal_alignment {
 
 /* Gradients, NULL where not asked for. */
 typedef struct mmbal_alignment_gradients {
-    void *pred, *target;                     /* [B, D] */
+    void *pred, *target;                       /* [B, D] */
     void *source_embedding, *target_embedding; /* [A, C] */
 } mmbal_alignment_gradients;
 

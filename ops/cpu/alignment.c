@@ -25,6 +25,14 @@ static align_scale scale_of(const mmbal_alignment *t) {
     return scale;
 }
 
+/* Rows of a block: whole tiles, and with few candidates so few that there are some blocks for each worker. It depends
+ * on the shape alone, as column statistics are sums over blocks. */
+static int64_t block_height_of(int64_t A, int tile_rows) {
+    enum { BLOCKS = 8 };
+    const int64_t height = ceil_div(ceil_div(A, BLOCKS), tile_rows) * tile_rows;
+    return height < tile_rows ? tile_rows : least(height, SIMILARITY_ROWS / tile_rows * tile_rows);
+}
+
 static size_t size_of(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : dtype == MMBAL_F32 ? 4 : 2; }
 
 #define BODY "alignment_body.h"
@@ -53,7 +61,8 @@ static mmbal_status check_alignment(const mmbal_alignment *t) {
 
 int64_t mmbal_align_loss_workspace(const mmbal_alignment *alignment, int workers) {
     if (check_alignment(alignment) != MMBAL_OK || workers < 1) return 0;
-    return alignment->dtype == MMBAL_F64 ? forward_bytes_f64(alignment, workers) : forward_bytes_f32(alignment, workers);
+    return alignment->dtype == MMBAL_F64 ? forward_bytes_f64(alignment, workers)
+                                         : forward_bytes_f32(alignment, workers);
 }
 
 int64_t mmbal_align_loss_backward_workspace(const mmbal_alignment *alignment,

@@ -2,14 +2,14 @@
 #if STORED_IS_REAL
 #include "gemm_body.h"
 
-/* One call. A stripe is all rows by SIMILARITY_COLS columns, a block one of its SIMILARITY_ROWS rows. */
+/* One call. A stripe is all rows by SIMILARITY_COLS columns, a block one of `height` of its rows. */
 typedef struct {
     const mmbal_kernels *kernels;
     const mmbal_row_tasks *tasks;
     const mmbal_alignment *alignment;
     int64_t A, C, offset, end; /* own rows: offset .. end */
     int64_t tile_cols, depth_step, cols_at_once;
-    int64_t row_blocks, stripes;
+    int64_t height, row_blocks, stripes; /* height: rows of a block */
     int64_t unit_stride, turned_stride, dsource_stride, dtarget_stride;
     unit_rows source, target;
     OPERAND *target_panels; /* columns of the product of similarities: one candidate each */
@@ -26,19 +26,21 @@ typedef struct {
     /* backward */
     similarity_weights weights;
     REAL *row_normalizer, *row_weight, *col_normalizer, *col_weight; /* what the weights point to */
-    OPERAND *target_rows;   /* panels of the target's unit vectors as rows of a right factor */
-    OPERAND *source_turned; /* [C, turned_stride] */
-    REAL *dsource;          /* [A, dsource_stride] */
-    REAL *dtarget;          /* [C, dtarget_stride], transposed */
-    OPERAND *gradient;      /* panels of the gradient of a stripe, A deep */
-    REAL *lines;            /* [workers, ROWS_TURNED_BACK, C] */
-    int64_t stripe;         /* the one under way */
+    OPERAND *target_rows;            /* panels of the target's unit vectors as rows of a right factor */
+    OPERAND *source_turned;          /* [C, turned_stride] */
+    REAL *dsource;                   /* [A, dsource_stride] */
+    REAL *dtarget;                   /* [C, dtarget_stride], transposed */
+    OPERAND *gradient;               /* panels of the gradient of a stripe, A deep */
+    REAL *lines;                     /* [workers, ROWS_TURNED_BACK, C] */
+    int64_t stripe;                  /* the one under way */
     int64_t first_block, last_block; /* of its blocks, those that own rows or columns pass through */
 } NAME(aligned);
 
 enum { NAME(ROWS_TURNED_BACK) = CACHE_LINE / sizeof(REAL) };
 
-static int64_t NAME(whole_tiles)(const NAME(aligned) * c, int64_t cols) { return ceil_div(cols, c->tile_cols) * c->tile_cols; }
+static int64_t NAME(whole_tiles)(const NAME(aligned) * c, int64_t cols) {
+    return ceil_div(cols, c->tile_cols) * c->tile_cols;
+}
 
 static void *NAME(carve_reals)(arena *from, int64_t count) { return carve(from, count * (int64_t)sizeof(REAL)); }
 
@@ -50,7 +52,8 @@ static NAME(aligned) NAME(begin)(const mmbal_alignment *t, int workers, arena *f
     c.A = t->A, c.C = t->C, c.offset = t->offset, c.end = t->offset + t->B;
     c.tile_cols = kernels->OF_OPERAND(tile_cols);
     c.depth_step = cut.depth_bytes / (int64_t)sizeof(OPERAND), c.cols_at_once = cut.cols;
-    c.row_blocks = ceil_div(c.A, SIMILARITY_ROWS), c.stripes = ceil_div(c.A, SIMILARITY_COLS);
+    c.height = block_height_of(c.A, c.kernels->OF_OPERAND(tile_rows));
+    c.row_blocks = ceil_div(c.A, c.height), c.stripes = ceil_div(c.A, SIMILARITY_COLS);
     c.unit_stride = NAME(row_stride)(c.C), c.z_stride = NAME(row_stride)(SIMILARITY_COLS);
     const unit_rows rows = {.present = t->present, .width = c.C, .stride = c.unit_stride};
     c.source = rows, c.source.x = t->source_embedding;
@@ -61,12 +64,13 @@ static NAME(aligned) NAME(begin)(const mmbal_alignment *t, int workers, arena *f
     c.target.inverse = carve(from, c.A * (int64_t)sizeof(double));
     c.target_panels = carve(from, NAME(panel_elements)(kernels, c.A, c.C) * (int64_t)sizeof(OPERAND));
     c.penalty = NAME(carve_reals)(from, c.A);
-    c.z = NAME(carve_reals)(from, workers * SIMILARITY_ROWS * c.z_stride);
+    c.z = NAME(carve_reals)(from, workers * c.height * c.z_stride);
     return c;
 }
 
 static void NAME(forward_workspace)(NAME(aligned) * c, arena *from) {
-    c->row_largest = NAME(carve_reals)(from, c->stripes * c->A), c->row_sum = NAME(carve_reals)(from, c->stripes * c->A);
+    c->row_largest = NAME(carve_reals)(from, c->stripes * c->A),
+    c->row_sum = NAME(carve_reals)(from, c->stripes * c->A);
     c->col_largest = NAME(carve_reals)(from, c->row_blocks * c->A);
     c->col_sum = NAME(carve_reals)(from, c->row_blocks * c->A);
     c->diagonal = NAME(carve_reals)(from, c->A);
@@ -122,8 +126,7 @@ static mmbal_status NAME(prepare)(NAME(aligned) * c, const mmbal_pool *pool) {
         c->penalty[a] = c->alignment->present && !c->alignment->present[a] ? -(REAL)INFINITY : 0;
     mmbal_status status = pool->run(pool->self, c->A, few, unit, &c->source);
     if (status == MMBAL_OK) status = pool->run(pool->self, c->A, few, unit, &c->target);
-    if (status == MMBAL_OK)
-        status = pool->run(pool->self, ceil_div(c->A, c->tile_cols), 1, NAME(pack_targets_task), c);
+    if (status == MMBAL_OK) status = pool->run(pool->self, ceil_div(c->A, c->tile_cols), 1, NAME(pack_targets_task), c);
     return status;
 }
 
@@ -136,36 +139,37 @@ static void NAME(multiply_by_columns)(const NAME(aligned) * c, int64_t rows, int
             fetches ahead = {.later = {.pace = 0}};
             NAME(panels) here = b;
             here.data += col / c->tile_cols * b.panel + from * b.stride;
-            NAME(multiply_panels)(c->kernels, rows, least(c->cols_at_once, cols - col), least(c->depth_step, depth - from),
-                                  a + from, a_stride, rows, here, to + col, to_stride, from > 0 ? TILE_ADD : first,
-                                  &ahead);
+            NAME(multiply_panels)(c->kernels, rows, least(c->cols_at_once, cols - col),
+                                  least(c->depth_step, depth - from), a + from, a_stride, rows, here, to + col,
+                                  to_stride, from > 0 ? TILE_ADD : first, &ahead);
         }
 }
 
 static similarity_block NAME(block_at)(const NAME(aligned) * c, int64_t row_block, int64_t stripe, int worker) {
-    const int64_t row = row_block * SIMILARITY_ROWS, col = stripe * SIMILARITY_COLS;
-    const similarity_block block = {.z = c->z + worker * SIMILARITY_ROWS * c->z_stride,
-                                    .rows = least(SIMILARITY_ROWS, c->A - row),
-                                    .cols = least(SIMILARITY_COLS, c->A - col),
-                                    .stride = c->z_stride,
-                                    .row = row,
-                                    .col = col,
-                                    .inverse_tau = 1 / c->alignment->tau,
-                                    .penalty = c->penalty,
-                                    .groups = c->alignment->groups};
-    return block;
+    const int64_t row = row_block * c->height, col = stripe * SIMILARITY_COLS;
+    const similarity_block part = {.z = c->z + worker * c->height * c->z_stride,
+                                   .rows = least(c->height, c->A - row),
+                                   .cols = least(SIMILARITY_COLS, c->A - col),
+                                   .stride = c->z_stride,
+                                   .row = row,
+                                   .col = col,
+                                   .inverse_tau = 1 / c->alignment->tau,
+                                   .penalty = c->penalty,
+                                   .groups = c->alignment->groups};
+    return part;
 }
 
 static int NAME(has_own)(const NAME(aligned) * c, int64_t first, int64_t count) {
     return first < c->end && first + count > c->offset;
 }
 
-/* The logits of a block. */
-static void NAME(take_similarities)(const NAME(aligned) * c, const similarity_block *block) {
-    const NAME(panels) b = NAME(packed_panels)(c->kernels, c->target_panels + block->col * c->C, c->C);
-    NAME(multiply_by_columns)(c, block->rows, block->cols, c->C, (const REAL *)c->source.unit + block->row * c->unit_stride,
-                              c->unit_stride, b, block->z, block->stride, TILE_SET);
-    c->tasks->similarity_logits[sizeof(REAL) == sizeof(double)](block);
+/* The logits of a part. */
+static void NAME(take_similarities)(const NAME(aligned) * c, const similarity_block *part) {
+    const NAME(panels) b = NAME(packed_panels)(c->kernels, c->target_panels + part->col * c->C, c->C);
+    NAME(multiply_by_columns)(c, part->rows, part->cols, c->C,
+                              (const REAL *)c->source.unit + part->row * c->unit_stride, c->unit_stride, b, part->z,
+                              part->stride, TILE_SET);
+    c->tasks->similarity_logits[sizeof(REAL) == sizeof(double)](part);
 }
 
 static mmbal_status NAME(statistics_task)(void *context, int worker, int64_t begin, int64_t end) {
@@ -173,21 +177,21 @@ static mmbal_status NAME(statistics_task)(void *context, int worker, int64_t beg
     const int is_double = sizeof(REAL) == sizeof(double);
     for (int64_t index = begin; index < end; index++) {
         const int64_t row_block = index % c->row_blocks, stripe = index / c->row_blocks;
-        const similarity_block block = NAME(block_at)(c, row_block, stripe, worker);
-        const int own_rows = NAME(has_own)(c, block.row, block.rows), own_cols = NAME(has_own)(c, block.col, block.cols);
+        const similarity_block part = NAME(block_at)(c, row_block, stripe, worker);
+        const int own_rows = NAME(has_own)(c, part.row, part.rows), own_cols = NAME(has_own)(c, part.col, part.cols);
         if (!own_rows && !(own_cols && c->alignment->symmetric)) continue;
-        NAME(take_similarities)(c, &block);
+        NAME(take_similarities)(c, &part);
         if (own_rows) {
-            const int64_t at = stripe * c->A + block.row;
-            c->tasks->similarity_rows[is_double](&block, c->row_largest + at, c->row_sum + at);
+            const int64_t at = stripe * c->A + part.row;
+            c->tasks->similarity_rows[is_double](&part, c->row_largest + at, c->row_sum + at);
         }
         if (own_cols && c->alignment->symmetric) {
-            const int64_t at = row_block * c->A + block.col;
-            c->tasks->similarity_cols[is_double](&block, c->col_largest + at, c->col_sum + at);
+            const int64_t at = row_block * c->A + part.col;
+            c->tasks->similarity_cols[is_double](&part, c->col_largest + at, c->col_sum + at);
         }
-        for (int64_t i = 0; i < block.rows; i++)
-            if (block.row + i >= block.col && block.row + i < block.col + block.cols)
-                c->diagonal[block.row + i] = ((const REAL *)block.z)[i * block.stride + block.row + i - block.col];
+        for (int64_t i = 0; i < part.rows; i++)
+            if (part.row + i >= part.col && part.row + i < part.col + part.cols)
+                c->diagonal[part.row + i] = ((const REAL *)part.z)[i * part.stride + part.row + i - part.col];
     }
     return MMBAL_OK;
 }
@@ -233,8 +237,7 @@ static mmbal_status NAME(align)(const mmbal_alignment *t, void *loss, void *regr
     for (int64_t i = 0; i < 2 * t->B && !scale.contrasted; i++) c.normalizers[i] = 0;
     if (status == MMBAL_OK && scale.contrasted) {
         status = NAME(prepare)(&c, pool);
-        if (status == MMBAL_OK)
-            status = pool->run(pool->self, c.row_blocks * c.stripes, 1, NAME(statistics_task), &c);
+        if (status == MMBAL_OK) status = pool->run(pool->self, c.row_blocks * c.stripes, 1, NAME(statistics_task), &c);
         if (status == MMBAL_OK) status = pool->run(pool->self, t->B, COMBINED_AT_ONCE, NAME(combine_task), &c);
     }
     if (status != MMBAL_OK) return status;
@@ -246,7 +249,8 @@ static mmbal_status NAME(align)(const mmbal_alignment *t, void *loss, void *regr
     of_regression = scale.of_row == 0 ? 0 : of_regression * scale.of_row;
     of_contrast = scale.contrasted ? of_contrast * scale.of_row : 0;
     *(REAL *)regression = (REAL)of_regression, *(REAL *)contrastive = (REAL)of_contrast;
-    *(REAL *)loss = (REAL)((t->alpha > 0 ? t->alpha * of_regression : 0) + (t->alpha < 1 ? (1 - t->alpha) * of_contrast : 0));
+    *(REAL *)loss =
+        (REAL)((t->alpha > 0 ? t->alpha * of_regression : 0) + (t->alpha < 1 ? (1 - t->alpha) * of_contrast : 0));
     return MMBAL_OK;
 }
 
@@ -269,17 +273,17 @@ static mmbal_status NAME(turn_source_task)(void *context, int worker, int64_t be
 static mmbal_status NAME(gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(aligned) *c = context;
     for (int64_t index = begin; index < end; index++) {
-        const similarity_block block = NAME(block_at)(c, c->first_block + index, c->stripe, worker);
-        NAME(take_similarities)(c, &block);
-        c->tasks->similarity_gradient[sizeof(REAL) == sizeof(double)](&block, &c->weights);
-        for (int64_t i = 0; i < block.rows && c->gradient; i++)
-            NAME(deal)((const REAL *)block.z + i * block.stride, block.cols, (int)c->tile_cols, c->A,
-                       c->gradient + (block.row + i) * c->tile_cols);
+        const similarity_block part = NAME(block_at)(c, c->first_block + index, c->stripe, worker);
+        NAME(take_similarities)(c, &part);
+        c->tasks->similarity_gradient[sizeof(REAL) == sizeof(double)](&part, &c->weights);
+        for (int64_t i = 0; i < part.rows && c->gradient; i++)
+            NAME(deal)((const REAL *)part.z + i * part.stride, part.cols, (int)c->tile_cols, c->A,
+                       c->gradient + (part.row + i) * c->tile_cols);
         if (!c->dsource) continue;
         NAME(panels) b = NAME(packed_panels)(c->kernels, c->target_rows, c->A);
-        b.data += block.col * c->tile_cols;
-        NAME(multiply_by_columns)(c, block.rows, c->C, block.cols, block.z, block.stride, b,
-                                  c->dsource + block.row * c->dsource_stride, c->dsource_stride, TILE_ADD);
+        b.data += part.col * c->tile_cols;
+        NAME(multiply_by_columns)(c, part.rows, c->C, part.cols, part.z, part.stride, b,
+                                  c->dsource + part.row * c->dsource_stride, c->dsource_stride, TILE_ADD);
     }
     return MMBAL_OK;
 }
@@ -290,7 +294,7 @@ static mmbal_status NAME(dtarget_task)(void *context, int worker, int64_t begin,
     const NAME(aligned) *c = context;
     const int64_t col = c->stripe * SIMILARITY_COLS, cols = least(SIMILARITY_COLS, c->A - col);
     const int64_t across = ceil_div(cols, c->cols_at_once);
-    const int64_t first = c->first_block * SIMILARITY_ROWS, last = least(c->last_block * SIMILARITY_ROWS, c->A);
+    const int64_t first = c->first_block * c->height, last = least(c->last_block * c->height, c->A);
     for (int64_t index = begin; index < end; index++) {
         const int64_t from = index % across * c->cols_at_once, row = index / across * SOURCE_ROWS;
         NAME(panels) b = NAME(packed_panels)(c->kernels, c->gradient, c->A);
@@ -350,15 +354,17 @@ static mmbal_status NAME(contrastive_backward)(NAME(aligned) * c, const REAL *no
     for (c->stripe = 0; c->stripe < c->stripes && status == MMBAL_OK; c->stripe++) {
         const int64_t col = c->stripe * SIMILARITY_COLS, cols = least(SIMILARITY_COLS, c->A - col);
         const int all = t->symmetric && NAME(has_own)(c, col, cols);
-        c->first_block = all ? 0 : c->offset / SIMILARITY_ROWS;
-        c->last_block = all ? c->row_blocks : ceil_div(c->end, SIMILARITY_ROWS);
+        c->first_block = all ? 0 : c->offset / c->height;
+        c->last_block = all ? c->row_blocks : ceil_div(c->end, c->height);
         status = pool->run(pool->self, c->last_block - c->first_block, 1, NAME(gradient_task), c);
         if (status == MMBAL_OK && c->dtarget)
             status = pool->run(pool->self, ceil_div(cols, c->cols_at_once) * ceil_div(c->C, SOURCE_ROWS), 1,
                                NAME(dtarget_task), c);
     }
-    if (status == MMBAL_OK && c->dsource) status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_source_task), c);
-    if (status == MMBAL_OK && c->dtarget) status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_target_task), c);
+    if (status == MMBAL_OK && c->dsource)
+        status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_source_task), c);
+    if (status == MMBAL_OK && c->dtarget)
+        status = pool->run(pool->self, c->A, ROWS_AT_ONCE, NAME(finish_target_task), c);
     return status;
 }
 
@@ -374,8 +380,8 @@ static mmbal_status NAME(align_backward)(const mmbal_alignment *t, const void *d
     if (to->pred || to->target) {
         regression_rows rows = {.alignment = t, .dpred = to->pred, .dtarget = to->target};
         rows.scale = scale.of_row == 0 ? 0 : of_regression * scale.of_row;
-        status = pool->run(pool->self, t->B, rows_per_task(t->B, t->D, pool), mmbal_row_tasks_in_use()->regression_backward[t->dtype],
-                           &rows);
+        status = pool->run(pool->self, t->B, rows_per_task(t->B, t->D, pool),
+                           mmbal_row_tasks_in_use()->regression_backward[t->dtype], &rows);
     }
     if (status != MMBAL_OK || !(to->source_embedding || to->target_embedding)) return status;
     if (!scale.contrasted || of_contrast == 0) {

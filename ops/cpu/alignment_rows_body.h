@@ -47,8 +47,12 @@ static void NAME(unit_gradient)(const unit_rows *rows, int64_t a, const void *du
     const REAL *unit = (const REAL *)rows->unit + a * rows->stride, *d = dunit;
     STORED *dx = (STORED *)rows->dx + a * rows->width;
     const double inverse = rows->inverse[a];
-    double along = 0;
-    for (int64_t i = 0; i < rows->width && inverse != 0; i++) along += (double)unit[i] * (double)d[i];
+    double side[PARTS] = {0};
+    int64_t at = 0;
+    for (; at + PARTS <= rows->width && inverse != 0; at += PARTS)
+        for (int part = 0; part < PARTS; part++) side[part] += (double)unit[at + part] * (double)d[at + part];
+    for (int part = 0; at < rows->width && inverse != 0; at++, part++) side[part] += (double)unit[at] * (double)d[at];
+    const double along = sum_of_parts(side);
     for (int64_t i = 0; i < rows->width; i++)
         dx[i] = STORE(inverse == 0 ? 0 : (REAL)(inverse * ((double)d[i] - along * (double)unit[i])));
 }

@@ -57,8 +57,8 @@ PRODUCT_PART NAME(panels) NAME(packed_panels)(const mmbal_kernels *kernels, cons
  * all panels of b pass by; those of the next tile are fetched meanwhile. a_rows: rows of a that there are, at
  * least rows. */
 PRODUCT_PART void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t rows, int64_t cols, int64_t depth,
-                                  const OPERAND *a, int64_t a_stride, int64_t a_rows, NAME(panels) b, REAL *c,
-                                  int64_t c_stride, tile_result result, fetches *ahead) {
+                                        const OPERAND *a, int64_t a_stride, int64_t a_rows, NAME(panels) b, REAL *c,
+                                        int64_t c_stride, tile_result result, fetches *ahead) {
     const int tile_rows = kernels->OF_OPERAND(tile_rows), tile_cols = kernels->OF_OPERAND(tile_cols);
     for (int64_t i = 0; i < rows; i += tile_rows) {
         const int64_t rows_below = least(tile_rows, a_rows - i - tile_rows);
@@ -73,8 +73,8 @@ PRODUCT_PART void NAME(multiply_panels)(const mmbal_kernels *kernels, int64_t ro
 
 /* The same for one panel, which stays in the first-level cache while all rows pass by. */
 PRODUCT_PART void NAME(multiply_rows)(const mmbal_kernels *kernels, int64_t rows, int64_t depth, const OPERAND *a,
-                                int64_t a_stride, NAME(panels) b, REAL *c, int64_t c_stride, tile_result result,
-                                fetches *ahead) {
+                                      int64_t a_stride, NAME(panels) b, REAL *c, int64_t c_stride, tile_result result,
+                                      fetches *ahead) {
     const int64_t height = ceil_div(rows, ceil_div(rows, kernels->OF_OPERAND(tile_rows)));
     for (int64_t i = 0; i < rows; i += height)
         b.tile((int)least(height, rows - i), depth, a + i * a_stride, a_stride, b.data, b.stride, c + i * c_stride,
@@ -89,7 +89,7 @@ PRODUCT_PART int64_t NAME(panel_elements)(const mmbal_kernels *kernels, int64_t 
 
 /* All panels of an expert's B [depth, cols], one after the other over the whole depth. */
 PRODUCT_PART void NAME(pack_all)(const mmbal_kernels *kernels, NAME(weights) b, int64_t depth, int64_t cols,
-                           OPERAND *packed) {
+                                 OPERAND *packed) {
     const int tile_cols = kernels->OF_OPERAND(tile_cols);
     for (int64_t col = 0; col < cols; col += tile_cols) {
         for (int64_t from = 0; from < depth; from += NAME(FEW_DEPTH)) {
@@ -117,7 +117,7 @@ typedef struct {
 /* A step of the depth is short where weights are read in place: what it reads stays in the caches even where the rows
  * of the weights are 16 KiB apart and so share few of their sets. */
 PRODUCT_PART NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weights) b, block place, int64_t depth,
-                                        int64_t step_of_many) {
+                                              int64_t step_of_many) {
     const int in_place = OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 &&
                          !b.packed && !b.transposed && place.few && place.rows <= NAME(ROWS_IN_PLACE);
     const int64_t step = in_place ? NAME(DEPTH_IN_PLACE) : place.few ? NAME(FEW_DEPTH) : step_of_many;
@@ -151,8 +151,8 @@ PRODUCT_PART fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(rea
 
 /* With few rows every panel is read once, when its turn comes: in place, packed before, or packed now. */
 PRODUCT_PART void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
-                               const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
-                               NAME(scratch) * s) {
+                                     const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
+                                     NAME(scratch) * s) {
     const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), packed_depth = NAME(packed_depth)(deep);
     for (int64_t j = 0; j < r->place.cols; j += tile_cols) {
         const int64_t cols = least(tile_cols, r->place.cols - j);
@@ -175,8 +175,8 @@ PRODUCT_PART void NAME(multiply_few)(const mmbal_kernels *kernels, const NAME(re
 
 /* With many rows the panels of a step stay in the second-level cache. */
 PRODUCT_PART void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from, int64_t deep,
-                                const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
-                                NAME(scratch) * s) {
+                                      const OPERAND *a, int64_t a_stride, tile_result result, fetches *ahead,
+                                      NAME(scratch) * s) {
     const int64_t packed_depth = NAME(packed_depth)(deep), cols = r->place.cols;
     NAME(panels) panels = NAME(packed_panels)(kernels, s->b, packed_depth);
     if (r->b.packed)
@@ -190,7 +190,7 @@ PRODUCT_PART void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(r
 /* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. next: what this worker reads
  * after it, or NULL. */
 PRODUCT_PART void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, const NAME(reading) * r,
-                           const NAME(reading) * next, NAME(scratch) * s) {
+                                 const NAME(reading) * next, NAME(scratch) * s) {
     for (int64_t from = 0; from < r->depth; from += r->step) {
         const int64_t deep = least(r->step, r->depth - from);
         const OPERAND *rows = NAME(row_of)(&a, r->place.row) + from;

@@ -20,7 +20,7 @@ PRODUCT_PART void NAME(deal)(const OPERAND *row, int64_t cols, int panel_cols, i
 
 /* packed[panel][d][i] = rows(from + d, col + panel panel_cols + i), zero beyond cols */
 PRODUCT_PART void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, int64_t from, int64_t depth,
-                            int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
+                                  int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
     (void)kernels;
     fetch ahead = make_fetch(NAME(row_of)(b, from) + col, b->stride * (int64_t)sizeof(OPERAND), depth,
                              cols * (int64_t)sizeof(OPERAND));
@@ -33,7 +33,7 @@ PRODUCT_PART void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows)
 
 /* packed[panel][d][i] = B(from + d, col + panel panel_cols + i), zero beyond cols */
 PRODUCT_PART void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights) * b, int64_t from, int64_t depth,
-                               int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
+                                     int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
     if (!b->transposed) {
         OPERAND line[BLOCK_COLS];
         fetch ahead = make_fetch(b->data + from * b->stride + col, b->stride * (int64_t)sizeof(STORED), depth,
@@ -73,7 +73,7 @@ PRODUCT_PART void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(we
 /* to[j, i] = from[i, j]. A few rows of `to` at a time: they are written from end to end, which the processor follows.
  */
 PRODUCT_PART void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,
-                       int64_t cols, OPERAND *to, int64_t to_stride) {
+                             int64_t cols, OPERAND *to, int64_t to_stride) {
     for (int64_t j = 0; j < cols; j += NAME(TURNED_AT_ONCE))
         TRANSPOSE(kernels, from + j, from_stride, rows, least(NAME(TURNED_AT_ONCE), cols - j), to + j * to_stride,
                   to_stride);

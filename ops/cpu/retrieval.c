@@ -11,11 +11,19 @@
 enum {
     BANK_ROWS = 280,        /* of a block: with its products it stays in the second-level cache */
     QUERIES_AT_ONCE = 1024, /* their panels are read again for each block of the bank */
-    HEAP_BYTES = 64 << 20,  /* fewer queries where k is so large that those of all workers would need more */
+    KEPT_BYTES = 64 << 20,  /* fewer queries where k is so large that what all workers keep would need more */
+    LEAST_ROOM = 32,        /* entries kept of a query */
     QUERIES_PER_TASK = 16
 };
 
 static int64_t bytes_of(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : dtype == MMBAL_F32 ? 4 : 2; }
+
+/* Blocks of a task: several, as a worker fetches its task's next one early, but not so many that the last tasks keep
+ * the others waiting. */
+static int64_t blocks_per_task(int64_t blocks, int workers) {
+    const int64_t wanted = blocks / (16 * (int64_t)workers);
+    return wanted < 1 ? 1 : least(wanted, 16);
+}
 
 #define BODY "retrieval_body.h"
 #include "each_product.h"

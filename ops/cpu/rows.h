@@ -168,20 +168,20 @@ static const double LEAST_NORM = 1e-12; /* as torch.nn.functional.normalize has 
 /* Own rows of an alignment. */
 typedef struct {
     const mmbal_alignment *alignment;
-    double *losses;       /* [B], forward */
-    double scale;         /* what is upstream of a row's loss, backward */
+    double *losses;        /* [B], forward */
+    double scale;          /* what is upstream of a row's loss, backward */
     void *dpred, *dtarget; /* [B, D] or NULL */
 } regression_rows;
 
 /* A block of similarities: rows x cols, row by row `stride` apart. */
 enum { SIMILARITY_ROWS = 280, SIMILARITY_COLS = 512, SUMMED_AT_ONCE = 32 };
 typedef struct {
-    void *z;                        /* real: products, then logits, then their gradient */
+    void *z; /* real: products, then logits, then their gradient */
     int64_t rows, cols, stride;
-    int64_t row, col;               /* of its first element among all candidates */
+    int64_t row, col; /* of its first element among all candidates */
     double inverse_tau;
-    const void *penalty;            /* [A] real: 0, or -inf where a candidate is not present */
-    const int64_t *groups;          /* [A] or NULL */
+    const void *penalty;   /* [A] real: 0, or -inf where a candidate is not present */
+    const int64_t *groups; /* [A] or NULL */
 } similarity_block;
 
 /* Of rows and columns, [A] real: logsumexps, infinite where a candidate is none of our own; weights of their losses. */

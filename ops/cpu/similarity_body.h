@@ -6,7 +6,8 @@ static void NAME(similarity_logits)(const similarity_block *block) {
     for (int64_t i = 0; i < block->rows; i++) {
         const int64_t row = block->row + i, diagonal = row - block->col;
         REAL *z = (REAL *)block->z + i * block->stride;
-        for (int64_t j = 0; j < block->cols; j++) z[j] = penalty[row] < 0 ? penalty[row] : z[j] * scale + penalty[block->col + j];
+        for (int64_t j = 0; j < block->cols; j++)
+            z[j] = penalty[row] < 0 ? penalty[row] : z[j] * scale + penalty[block->col + j];
         if (!block->groups) continue;
         const int on_diagonal = diagonal >= 0 && diagonal < block->cols;
         const REAL own = on_diagonal ? z[diagonal] : 0;

@@ -46,11 +46,11 @@ Tensor recall_at_k(Tensor indices, Tensor positives, Tensor offsets, std::vector
     Tensor recall = torch::stable::new_empty(indices, {count}, ScalarType::Double);
     TorchPool pool;
     const Workspace workspace(mmbal_recall_at_k_workspace(Q));
-    const mmbal_status status = mmbal_recall_at_k(
-        index_data(indices), index_data(positives), index_data(offsets), ks.data(), Q, K, P, count,
-        static_cast<double *>(recall.mutable_data_ptr()), workspace.data(), pool.get());
-    STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op,
-                    ": offsets must ascend from 0 to the number of positives ", P, ", and positives must not be negative");
+    const mmbal_status status =
+        mmbal_recall_at_k(index_data(indices), index_data(positives), index_data(offsets), ks.data(), Q, K, P, count,
+                          static_cast<double *>(recall.mutable_data_ptr()), workspace.data(), pool.get());
+    STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op, ": offsets must ascend from 0 to the number of positives ", P,
+                    ", and positives must not be negative");
     check(status, op);
     return recall;
 }

@@ -40,9 +40,9 @@ def align_loss(
         symmetric: both directions, halved; or own source rows over the target candidates alone.
 
     Returns:
-        loss, regression, contrastive: scalars, float32 (float64 for float64). Means over the present rows; the mean over
-        processes of equal B is that of the joined batch, so gather with gradients that are summed
-        (``torch.distributed.nn.functional.all_gather``) and let DDP average. With one present candidate contrastive is 0.
+        loss, regression, contrastive: scalars, float32 (float64 for float64). Means over the present rows; the mean
+        over processes of equal B is that of the joined batch: gather with gradients that are summed
+        (``torch.distributed.nn.functional.all_gather``) and let DDP average. One present candidate: contrastive 0.
     """
     return ops.align_loss(
         pred,

@@ -1,6 +1,7 @@
 """MoEConnector: the equations of arXiv 2409.05929 (its code and its text), their identities, masks and gradients."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -429,6 +430,20 @@ def test_a_new_modality_leaves_what_was_there_bit_for_bit(form):
     assert c.usage(("image", "text")).shape == c.usage(("depth", "text")).shape == (2, c.experts.w1.shape[0])
 
 
+def test_an_optimizer_goes_on_with_the_experts_of_a_new_modality():
+    c, x = make(expert_scope="per_modality", train=True), torch.randn(6, 5, dtype=torch.float64)
+    optimizer = torch.optim.Adam(c.parameters(), lr=1e-3)
+    c(x, "image", "text").cl.sum().backward()
+    optimizer.step()
+    moments = optimizer.state[c.experts.w1]["exp_avg"].clone()
+    optimizer.add_param_group({"params": c.add_modality("depth", 4, optimizer=optimizer)})
+    assert torch.equal(optimizer.state[c.experts.w1]["exp_avg"][:15], moments) and len(c.experts.w1) == 20
+    before = c.experts.w1.detach().clone()
+    c(x[:, :4], "depth", "text").cl.sum().backward()
+    optimizer.step()
+    assert not torch.equal(c.experts.w1[15:], before[15:])
+
+
 def test_a_new_modality_trains_while_frozen_parts_keep_the_old_directions():
     c, x = make(dtype=torch.float32, train=True), torch.randn(6, 5)
     before = c(x, "image", "text").cl
@@ -506,7 +521,7 @@ def test_a_state_dict_and_a_config_make_the_same_connector(form):
     c = make(**FORMS[form], dtype=torch.float32)
     c.add_modality("depth", 4, [("depth", "text")])
     c.add_experts(1)
-    other = MoEConnector(**c.config()).eval()
+    other = MoEConnector(**json.loads(json.dumps(c.config()))).eval()
     other.load_state_dict(c.state_dict())
     x = torch.randn(6, 5)
     assert torch.equal(other(x, "image", "text").cl, c(x, "image", "text").cl)

@@ -260,6 +260,31 @@ def test_two_linear_views_of_a_latent_find_each_other():
     assert all(found[1] >= 0.99 for found in after.values()), after
 
 
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_near_float32(amp):
+    torch.manual_seed(1)
+    connector = small(hidden=32)
+    other = copy.deepcopy(connector)
+    full, half = (AlternatingTrainer(c, sgd(c), amp=dtype) for c, dtype in ((connector, None), (other, amp)))
+    for i in range(10):
+        assert_near(half.step(data(seed=i)).loss.double(), full.step(data(seed=i)).loss.double(), 0.1)
+    assert not torch.equal(other.experts.w1, connector.experts.w1)
+    for p, q in zip(other.parameters(), connector.parameters(), strict=True):
+        assert p.dtype == torch.float32 and (p - q).abs().max() < 0.1
+
+
+def test_a_compiled_connector_trains_as_the_eager_one():
+    connector = small()
+    other = copy.deepcopy(connector)
+    compiled = torch.compile(other, backend="aot_eager")
+    for trainer in (AlternatingTrainer(connector, sgd(connector)), AlternatingTrainer(compiled, sgd(other))):
+        for i in range(4):
+            trainer.step(data(seed=i))
+    for p, q in zip(connector.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert torch.equal(connector.usage(AB), other.usage(AB))
+
+
 def test_wrong_arguments_are_named():
     connector = small()
     with pytest.raises(ValueError, match=r"schedule must have directions of the connector, got \[\('a', 'c'\)\]"):

@@ -334,14 +334,20 @@ class MoEConnector(nn.Module):
 
     # --- Growth and use ----------------------------------------------------------------------------------------------
 
-    def add_modality(self, name: str, dim: int, directions: str | Sequence[Direction] = "all") -> list[nn.Parameter]:
+    def add_modality(
+        self,
+        name: str,
+        dim: int,
+        directions: str | Sequence[Direction] = "all",
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> list[nn.Parameter]:
         """A new modality and its directions ("all": to and from every other), for a trained connector. Returns the
         new parameters: ``optimizer.add_param_group({"params": connector.add_modality("depth", 256)})``.
 
-        What is there computes what it did. With experts per modality the new one gets its own, in the same tensors; see
-        :meth:`add_experts` for what that means to an optimizer.
+        What is there computes what it did. With experts per modality the new one gets its own, in the same tensors:
+        there ``optimizer`` must be given as in :meth:`add_experts`.
         """
-        return growth.add_modality(self, name, dim, directions)
+        return growth.add_modality(self, name, dim, directions, optimizer)
 
     def add_experts(self, n: int, margin: float = 5.0, optimizer: torch.optim.Optimizer | None = None) -> None:
         """``n`` more experts (of each modality, with experts per modality). Their gate rows are zero but for a bias

@@ -30,14 +30,14 @@ def reset_experts_(experts: Experts) -> None:
     experts.b2.zero_()
 
 
-def append_modality(connector, name: str, dim: int) -> None:
+def append_modality(connector, name: str, dim: int, optimizer=None) -> None:
     """The modality without any role; with experts per modality also its own experts, but for the first."""
     first = not connector.modalities
     gate_biases = connector.num_experts if connector.preset == "v6" else 0
     part = Modality(dim, connector.hidden, connector.cl_dim, gate_biases, **connector._to)
     connector.modalities[name] = part
     if connector.expert_scope == "per_modality" and not first:
-        enlarge_experts(connector, connector.num_experts, 1, None)
+        enlarge_experts(connector, connector.num_experts, 1, optimizer)
         enlarge_usage(connector, connector.num_experts, 1)
 
 
@@ -59,7 +59,7 @@ def append_direction(connector, direction: Direction) -> None:
     connector.directions.append(direction)
 
 
-def add_modality(connector, name: str, dim: int, directions) -> list[nn.Parameter]:
+def add_modality(connector, name: str, dim: int, directions, optimizer) -> list[nn.Parameter]:
     check_names([name])
     if name in connector.modalities:
         raise ValueError(f"add_modality: name must be new, got {name!r}")
@@ -74,7 +74,7 @@ def add_modality(connector, name: str, dim: int, directions) -> list[nn.Paramete
             raise ValueError(f"add_modality: directions must be of the new modality {name!r}, got {label(direction)}")
     before = {id(p) for p in connector.parameters()}
     connector._to = like(connector)
-    append_modality(connector, name, dim)
+    append_modality(connector, name, dim, optimizer)
     for direction in wanted:
         append_direction(connector, direction)
     connector.train(connector.training)

@@ -1,4 +1,4 @@
-"""What the study of Alt-MoE compares: ways to train a connector between views of a digit, and to add a seventh view.
+"""What the study of Alt-MoE compares: ways to train a connector between views, and to add one to a trained connector.
 
 Every arm of a seed sees each direction in the same number of batches, so that all cost about as many passes. Shapes: B
 batch.
@@ -19,7 +19,7 @@ from torch import Tensor
 from mmbal import AlignLoss, AlternatingTrainer, DirectionSchedule, MoEConnector, ResumableBatchSampler
 from mmbal.altmoe.parts import Direction
 
-from .altmoe_data import SEVENTH, VIEWS, Views
+from .altmoe_data import DataSet, Views
 
 KS = (1, 5, 10)
 TITLES = {
@@ -164,18 +164,22 @@ def fit(
 
 
 def train(arm: str, views: Views, recipe: Recipe, seed: int) -> Outcome:
-    """One arm on the six views."""
-    six = views.of(VIEWS)
+    """One arm."""
     if arm == "separate":
-        return _separate(six, recipe, seed)
+        return _separate(views, recipe, seed)
     options = {
         "mlp": {"num_experts": 1, "top_k": 1, "ffn": recipe.top_k * recipe.hidden},
         "wide_mlp": {"num_experts": 1, "top_k": 1, "ffn": recipe.experts * recipe.hidden},
         "v6": {"preset": "v6"},
     }.get(arm, {})
-    connector = make_connector(six.dims, recipe, seed, **options)
+    connector = make_connector(views.dims, recipe, seed, **options)
     return fit(
-        connector, six, recipe, seed, joint=arm == "joint", state="per_direction" if arm == "by_direction" else "shared"
+        connector,
+        views,
+        recipe,
+        seed,
+        joint=arm == "joint",
+        state="per_direction" if arm == "by_direction" else "shared",
     )
 
 
@@ -194,15 +198,15 @@ def _separate(views: Views, recipe: Recipe, seed: int) -> Outcome:
     )
 
 
-def grow(way: str, six: Outcome, views: Views, recipe: Recipe, seed: int) -> Outcome:
+def grow(way: str, data_set: DataSet, six: Outcome, views: Views, recipe: Recipe, seed: int) -> Outcome:
     """A seventh view for the trained connector of six, or seven views from the start."""
     if way == "scratch":
         return fit(make_connector(views.dims, recipe, seed), views, recipe, seed)
-    connector = copy.deepcopy(six.connector)
+    connector, seventh = copy.deepcopy(six.connector), data_set.seventh
     connector.requires_grad_(way != "frozen")
     torch.manual_seed(seed)
-    connector.add_modality(SEVENTH, views.dims[SEVENTH])
-    new = [d for d in connector.directions if SEVENTH in d]
+    connector.add_modality(seventh, views.dims[seventh])
+    new = [d for d in connector.directions if seventh in d]
     return fit(connector, views, recipe, seed, directions=list(connector.directions) if way == "all" else new)
 
 

@@ -151,7 +151,7 @@ static void NAME(read_bank)(const NAME(search) * s, int64_t first, int64_t count
 /* Rows of the bank, a block at a time, by all queries under way; those of the next block are fetched meanwhile. */
 static mmbal_status NAME(search_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(search) *s = context;
-    OPERAND *rows = s->rows + worker * BANK_ROWS * s->row_stride;
+    OPERAND *copy = s->rows + worker * BANK_ROWS * s->row_stride;
     REAL *products = s->products + worker * BANK_ROWS * s->cols_at_once;
     int32_t *places = s->places + worker * BANK_ROWS * s->cols_at_once;
     REAL *thresholds = s->thresholds + worker * s->queries_at_once;
@@ -161,7 +161,11 @@ static mmbal_status NAME(search_task)(void *context, int worker, int64_t begin, 
     for (int64_t at = begin; at < end; at++) {
         const int64_t first = at * BANK_ROWS, here = least(BANK_ROWS, s->n - first);
         const int64_t next = at + 1 < end ? least(BANK_ROWS, s->n - first - here) : 0;
-        NAME(read_bank)(s, first, here, rows);
+        /* With one panel of queries a row is read once, and a copy of it would take longer than it saves. */
+        const int in_place = bytes == s->D * (int64_t)sizeof(OPERAND) && s->queries <= s->tile_cols;
+        const OPERAND *rows = in_place ? (const OPERAND *)(const void *)(s->bank + first * bytes) : copy;
+        const int64_t stride = in_place ? s->D : s->row_stride;
+        if (!in_place) NAME(read_bank)(s, first, here, copy);
         fetches ahead = {.later = make_fetch(s->bank + (first + here) * bytes, bytes, next, bytes)};
         set_pace(&ahead.later, NAME(tile_steps)(s->kernels, here, s->queries, s->D));
         for (int64_t col = 0; col < s->queries; col += s->cols_at_once) {
@@ -169,8 +173,8 @@ static mmbal_status NAME(search_task)(void *context, int worker, int64_t begin, 
             for (int64_t from = 0; from < s->D; from += s->depth_step) {
                 NAME(panels) b = NAME(packed_panels)(s->kernels, s->panels + col * s->D, s->D);
                 b.data += from * b.stride;
-                NAME(multiply_panels)(s->kernels, here, cols, least(s->depth_step, s->D - from), rows + from,
-                                      s->row_stride, here, b, products, s->cols_at_once, from > 0, &ahead);
+                NAME(multiply_panels)(s->kernels, here, cols, least(s->depth_step, s->D - from), rows + from, stride,
+                                      here, b, products, s->cols_at_once, from > 0, &ahead);
             }
             const int64_t passing = s->tasks->at_least[sizeof(REAL) == sizeof(double)](
                 products, here, cols, s->cols_at_once, thresholds + col, places);

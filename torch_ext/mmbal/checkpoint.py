@@ -26,6 +26,15 @@ _OPTIONS = (
 )
 
 
+def replace_file(path: Path, write) -> None:
+    """Call write(temporary path), then move the file into place: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    temporary.chmod(0o644)  # safetensors makes private files
+    os.replace(temporary, path)
+
+
 @contextmanager
 def atomic_folder(folder):
     """Yields a new folder that takes the name ``folder`` only once the block has succeeded.

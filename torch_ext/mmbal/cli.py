@@ -173,5 +173,14 @@ def attribution(out: Out = Path("mmbal-study/attribution"), seeds: Seeds = 5, qu
     _conduct("attribution", out, seeds, quick)
 
 
+@study.command()
+def altmoe(out: Out = Path("mmbal-study/altmoe"), seeds: Seeds = 3, quick: Quick = False):
+    """Aligns views of digits, and emoji with captions, direction by direction through one mixture (Alt-MoE)."""
+    try:
+        _conduct("altmoe", out, seeds, quick)
+    except ImportError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 if __name__ == "__main__":
     app()

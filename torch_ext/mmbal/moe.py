@@ -161,19 +161,9 @@ class MoEMLP(nn.Module):
         weights_NK, indices_NK = ops.moe_topk(logits_NE, self.top_k, self.normalize)
         if self._records is not None and not _is_recomputing():
             self._records.append((logits_NE, indices_NK, None if token_mask is None else token_mask.reshape(-1)))
-        permutation_R, offsets_E1, inverse_NK = ops.moe_dispatch(indices_NK, self.num_experts)
-        experts = self.experts
-        options = {"activation": self.activation}
-        if self.training and (self.dropout > 0 or self.output_dropout > 0):
-            options |= {"dropout": self.dropout, "output_dropout": self.output_dropout, "seed": _draw_seed()}
-        arguments = (x_ND, experts.w1, experts.b1, experts.w2, experts.b2, weights_NK)
-        routing = (permutation_R, offsets_E1, inverse_NK)
+        dropouts = (self.dropout, self.output_dropout) if self.training else (0.0, 0.0)
         packed = self._packed and self._packed.panels_for(self, x_ND)
-        if packed is not None:
-            plain = (self.activation, 0.0, 0.0, 0, 0)
-            y_ND, _ = ops.expert_mlp_forward(*arguments, *routing, *plain, False, packed=packed)
-        else:
-            y_ND = ops.expert_mlp(*arguments, *routing, **options)
+        y_ND = mix_experts(self.experts, x_ND, weights_NK, indices_NK, self.activation, *dropouts, packed=packed)
         return y_ND.reshape(x.shape)
 
     def train(self, mode: bool = True):
@@ -193,10 +183,7 @@ class MoEMLP(nn.Module):
         return super().__getstate__() | {"_packed": None}
 
     def _route(self, x_ND):
-        dtype = real_dtype(x_ND.dtype)
-        bias_E = self.router.bias
-        with _no_autocast(x_ND.device.type):
-            return F.linear(x_ND.to(dtype), self.router.weight.to(dtype), None if bias_E is None else bias_E.to(dtype))
+        return router_logits(x_ND, self.router.weight, self.router.bias)
 
     def to_dense(self, expert: int) -> DenseMLP:
         """A copy of one expert as an ordinary MLP with ``fc1`` and ``fc2``."""
@@ -212,6 +199,39 @@ class MoEMLP(nn.Module):
                 dense.fc1.bias.copy_(experts.b1[expert])
                 dense.fc2.bias.copy_(experts.b2[expert])
         return dense
+
+
+def router_logits(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Logits [N, E] of a linear router, in float32 (float64 for float64 input), also under autocast."""
+    dtype = real_dtype(x_ND.dtype)
+    with _no_autocast(x_ND.device.type):
+        return F.linear(x_ND.to(dtype), weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+
+
+def mix_experts(
+    experts: Experts,
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    indices_NK: Tensor,
+    activation: str,
+    dropout: float = 0.0,
+    output_dropout: float = 0.0,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """y [N, D]: for each row the sum of its K experts' outputs times ``weights_NK``.
+
+    Masks of the dropouts follow torch's default generator; ``packed`` are panels of the weights (:mod:`mmbal.packing`),
+    for a forward without dropout and gradient.
+    """
+    routing = ops.moe_dispatch(indices_NK, experts.w1.shape[0])
+    arguments = (x_ND, experts.w1, experts.b1, experts.w2, experts.b2, weights_NK, *routing)
+    if packed is not None:
+        y_ND, _ = ops.expert_mlp_forward(*arguments, activation, 0.0, 0.0, 0, 0, False, packed=packed)
+        return y_ND
+    options = {"activation": activation}
+    if dropout > 0 or output_dropout > 0:
+        options |= {"dropout": dropout, "output_dropout": output_dropout, "seed": _draw_seed()}
+    return ops.expert_mlp(*arguments, **options)
 
 
 def _no_autocast(device_type):

@@ -6,7 +6,6 @@ Shapes: B batch, T caption tokens, P projection width.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPConfig, CLIPModel
+
+from mmbal.checkpoint import replace_file
 
 from .data import ASSETS, BOS, EOS, MAX_TOKENS, PAD, TILE
 
@@ -70,15 +71,6 @@ def clip_loss(
     logits = logit_scale.exp() * images @ texts.T
     target = torch.arange(len(logits), device=logits.device)
     return 0.5 * sum(F.cross_entropy(side, target, label_smoothing=label_smoothing) for side in (logits, logits.T))
-
-
-def replace_file(path: Path, write) -> None:
-    """Call write(temporary path), then move the file into place: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    temporary.chmod(0o644)  # safetensors makes private files
-    os.replace(temporary, path)
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:

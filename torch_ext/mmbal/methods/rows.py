@@ -37,7 +37,7 @@ def ranks(group) -> int:
     return found
 
 
-def _all_rows(tensor: Tensor, counts: list[int], group) -> Tensor:
+def all_rows(tensor: Tensor, counts: list[int], group) -> Tensor:
     """The rows of all ranks, in the order of ranks; shorter ones are padded on the way."""
     sent = tensor.new_zeros(max(counts), *tensor.shape[1:])
     sent[: tensor.shape[0]] = tensor
@@ -56,7 +56,7 @@ def gather_rows(group, index: Tensor | None, *tensors: Tensor | None) -> list[Te
     counts = [torch.empty_like(mine) for _ in range(ranks(group))]
     dist.all_gather(counts, mine, group=group)
     counts = [int(count) for count in counts]
-    index, *tensors = [None if t is None else _all_rows(t, counts, group) for t in (index, *tensors)]
+    index, *tensors = [None if t is None else all_rows(t, counts, group) for t in (index, *tensors)]
     if index is None:
         return [index, *tensors]
     ordered, order = index.sort(stable=True)

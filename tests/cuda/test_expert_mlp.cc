@@ -97,6 +97,17 @@ TYPED_TEST(CudaExpertMlp, FollowsTheFormulas) {
     });
 }
 
+// Rows of odd width begin at each of the four words of a Philox block.
+TYPED_TEST(CudaExpertMlp, DropsTheSameElementsWhateverWordARowBeginsWith) {
+    Spec s;
+    s.N = 10, s.D = 17, s.F = 13, s.activation = MMBAL_GELU, s.dropout = 0.25, s.output_dropout = 0.1;
+    s.seed = 11, s.offset = 5;
+    expect_both<TypeParam>(s);
+    s.D = 3, s.F = 5;
+    expect_both<TypeParam>(s);
+    EXPECT_EQ(joined(cuda_shim::take_reports()), "");
+}
+
 TYPED_TEST(CudaExpertMlp, ServesNoTokensAndExpertsWithoutRows) {
     Spec none, one_expert;
     none.N = 0, none.D = 5, none.F = 9;

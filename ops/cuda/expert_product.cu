@@ -1,6 +1,5 @@
-// The grouped products of expert_mlp on any dtype: tiles in shared memory, sums in registers, no tensor cores.
-#include "experts.cuh"
-#include "mmbal/cuda/expert_mlp.h"
+// The grouped products of expert_mlp on float32 and float64: tiles in shared memory, sums in registers.
+#include "products.cuh"
 
 namespace mmbal {
 namespace {
@@ -15,13 +14,6 @@ struct Tiling {
     static constexpr int STRIDE = TILE + 4; // of a row [k] of a tile in shared memory
     static constexpr int LOADS = TILE * DEPTH / THREADS;
     static constexpr size_t SHARED = 2 * DEPTH * STRIDE * sizeof(R);
-};
-
-// Element (i, k) of an operand: rows i of a tile, k along the sum.
-template <typename Stored>
-struct Operand {
-    const Stored *data;
-    int64_t row_stride, depth_stride, rows, depth; // rows and depth: beyond them it is 0
 };
 
 // A step's elements of a thread, from global memory to registers: along k where that is contiguous, along i otherwise.
@@ -106,8 +98,6 @@ __device__ __forceinline__ void write_tile(const R (&sums)[Tiling<R>::MICRO][Til
     }
 }
 
-__device__ __forceinline__ int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
-
 template <bool TRANSPOSED, typename Stored>
 __global__ void __launch_bounds__(THREADS, 1)
     rows_product(const Stored *__restrict__ a, const Stored *__restrict__ w, const int64_t *__restrict__ offsets,
@@ -172,5 +162,8 @@ mmbal_status mmbal_expert_product_cuda(mmbal_dtype dtype, mmbal_expert_product p
                                        const int64_t *offsets, int64_t R, int64_t E, int64_t in, int64_t out_size,
                                        void *out, mmbal_stream stream) {
     if (R < 0 || E < 1 || in < 1 || out_size < 1) return MMBAL_INVALID_ARGUMENT;
-    MMBAL_RETURN_FOR_DTYPE(dtype, mmbal::run, product, a, w, offsets, R, E, in, out_size, out, stream);
+    if (dtype == MMBAL_BF16 || dtype == MMBAL_F16)
+        return mmbal::tensor_product(dtype, product, a, w, offsets, R, E, in, out_size, out, stream);
+    return (dtype == MMBAL_F64 ? mmbal::run<double> : mmbal::run<float>)(product, a, w, offsets, R, E, in, out_size,
+                                                                         out, stream);
 }

@@ -144,6 +144,16 @@ TEST(CudaExpertMlpTiles, RowsAndColumnsBeyondOneTile) {
     EXPECT_EQ(joined(cuda_shim::take_reports()), "");
 }
 
+// More rows, columns and steps than a tile of the tensor cores has, with rows of 16 bytes and without.
+TEST(CudaExpertMlpTiles, OfTensorCores) {
+    Spec s;
+    s.N = 140, s.K = 1, s.D = 136, s.F = 168, s.E = 2, s.only_expert = 1;
+    expect_both<F16>(s);
+    s.D = 37, s.F = 131, s.only_expert = -1;
+    expect_both<BF16>(s);
+    EXPECT_EQ(joined(cuda_shim::take_reports()), "");
+}
+
 // The steps on products in the storage dtype, in place, as the binding takes them from torch: the same call.
 TEST(CudaExpertMlpSteps, OnStoredProductsAreTheWhole) {
     Spec s;

@@ -1,5 +1,5 @@
-// Matrices of 16-bit elements on tensor cores: what a warp copies to shared memory, reads from there, multiplies and
-// adds. Instructions of compute capability 8.0; PTX ISA 9.7.14.5 has the layouts.
+// Matrices of 16-bit elements on tensor cores: what a warp reads from shared memory, multiplies and adds.
+// Instructions of compute capability 8.0; PTX ISA 9.7.14.5 has the layouts.
 #pragma once
 
 #include <type_traits>
@@ -8,35 +8,6 @@
 #include "launch.cuh"
 
 namespace mmbal {
-
-// 16 bytes from global to shared memory, there after wait_for_copies.
-__device__ __forceinline__ void copy_async(void *shared, const void *global) {
-#ifdef MMBAL_CUDA_ON_CPU
-    cuda_shim::begin_copy(shared, global);
-#else
-    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-#endif
-}
-
-// Copies are waited for in groups.
-__device__ __forceinline__ void end_group_of_copies() {
-#ifdef MMBAL_CUDA_ON_CPU
-    cuda_shim::end_group_of_copies();
-#else
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Until at most PENDING of this thread's groups are on their way.
-template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
-#ifdef MMBAL_CUDA_ON_CPU
-    cuda_shim::wait_for_copies(PENDING);
-#else
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
-}
 
 // Four 8 x 8 matrices of 16-bit elements; lanes 8 j ... 8 j + 7 hold the addresses of the rows of matrix j. Lane l gets
 // elements 2 (l % 4) and the next one of row l / 4 of each matrix, or, TRANSPOSED, of column l / 4.

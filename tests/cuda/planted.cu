@@ -1,8 +1,8 @@
 // Kernels with a planted bug each, and the right one beside them: test_shim.cc expects the shim to tell them apart.
 #include "planted.h"
 
+#include "async_copies.cuh"
 #include "launch.cuh"
-#include "tensor_cores.cuh"
 
 namespace mmbal {
 namespace {

@@ -111,6 +111,14 @@ unsigned __match_any_sync(unsigned mask, T value, SHIM_SITE) {
 // What ops/cuda/tensor_cores.cuh has instructions for.
 namespace cuda_shim {
 
+// At once, or as late as the thread's waiting allows: a GPU may do either.
+inline void copy_async(void *to, const void *from) {
+    if (options.seed % 2)
+        *static_cast<uint4 *>(to) = *static_cast<const uint4 *>(from);
+    else
+        begin_copy(to, from);
+}
+
 inline void wait_for_copies(int pending) {
     for (Copy copy; take_copy(pending, &copy);) *static_cast<uint4 *>(copy.to) = *static_cast<const uint4 *>(copy.from);
 }

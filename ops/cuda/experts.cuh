@@ -80,11 +80,11 @@ __device__ __forceinline__ uint4 philox(const Dropout &d, uint64_t four) {
     return {c0, c1, c2, c3};
 }
 
-// Bit i: element first + i is kept. COUNT is even and at most 8. Which word an element has is no array index: that
-// would put the words into local memory.
+// Bit i: element first + i is kept. Which word an element has is no array index: that would put the words into local
+// memory.
 template <int COUNT>
 __device__ __forceinline__ unsigned kept_bits(const Dropout &d, int64_t first) {
-    constexpr int BLOCKS = COUNT / 4 + 1; // as many as COUNT elements can touch
+    constexpr int BLOCKS = (3 + COUNT + 3) / 4; // COUNT elements behind at most 3 that are skipped
     const int skip = static_cast<int>(first % 4);
     unsigned bits = 0;
 #pragma unroll

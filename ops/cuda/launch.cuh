@@ -34,6 +34,10 @@ template <typename... Expected, typename... Given>
 mmbal_status launch(mmbal_stream stream, int64_t blocks, int threads, size_t shared_bytes, void (*kernel)(Expected...),
                     Given &&...given) {
     if (blocks <= 0) return MMBAL_OK;
+    constexpr size_t WITHOUT_ASKING = 48 << 10;
+    if (shared_bytes > WITHOUT_ASKING && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                              static_cast<int>(shared_bytes)) != cudaSuccess)
+        return MMBAL_DEVICE_ERROR;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks < MMBAL_MOST_BLOCKS ? blocks : MMBAL_MOST_BLOCKS));
     config.blockDim = dim3(static_cast<unsigned>(threads));

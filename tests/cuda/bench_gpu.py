@@ -1,4 +1,4 @@
-"""Times on a GPU: mmbal against torch's grouped product, a loop over experts, and torch.compile. Prints tables.
+"""Times on a GPU: mmbal against torch: its grouped product, a loop over experts, torch.compile. Prints Markdown tables.
 
 A turn is one call of each contender, timed by the device's events; the median of the turns is given. The contenders of
 a mixture share inputs, weights and routing; all give the same result, which is checked first.
@@ -120,20 +120,22 @@ def mixture(D, Fh, N, E, K, dtype, contenders):
     flop = 2 * 2 * N * K * D * Fh
     for what, calls, factor in (("forward", forward, 1), ("forward + backward", both, 3)):
         times = milliseconds(calls)
-        print(f"mixture {D} x {Fh}, N = {N}, E = {E}, K = {K}, {str(dtype).removeprefix('torch.')}, {what}:")
-        for name, t in times.items():
-            print(
-                f"    {name:28} {t:8.3f} ms  {factor * flop / t / 1e9:7.1f} TFLOP/s  "
-                f"{times['mmbal'] / t:5.2f} of its time is ours"
-            )
+        if what == "forward":
+            print(f"Mixture {D} x {Fh}, N = {N}, E = {E}, K = {K}, {str(dtype).removeprefix('torch.')}:\n")
+            print(f"| | {' | '.join(times)} | mmbal's TFLOP/s |\n|---|{'---|' * len(times)}---|")
+        table = [
+            f"{t:.3f} ms, {t / times['mmbal']:.2f}" if name != "mmbal" else f"{t:.3f} ms" for name, t in times.items()
+        ]
+        print(f"| {what} | {' | '.join(table)} | {factor * flop / times['mmbal'] / 1e9:.0f} |")
     for name, why in failed.items():
-        print(f"    {name}: {why}")
+        print(f"\n{name}: {why}")
     print(flush=True)
 
 
 def small(title, contenders):
     times = milliseconds(contenders)
-    print(title + ": " + ", ".join(f"{name} {1000 * t:.0f} us" for name, t in times.items()), flush=True)
+    mine, theirs = times["mmbal"], times["torch"]
+    print(f"| {title} | {1000 * mine:.0f} us | {1000 * theirs:.0f} us | {theirs / mine:.1f} |", flush=True)
 
 
 def torch_routing(logits, K):
@@ -185,9 +187,39 @@ def routers(N, E):
     )
 
 
+def divergences_and_weights(N, M, C):
+    logits = torch.randn(M, N, C, device="cuda", requires_grad=True)
+    fused = torch.randn(N, C, device="cuda")
+
+    def torch_categorical():
+        p = torch.log_softmax(logits, -1)
+        return (p.exp() * (p - torch.log_softmax(fused, -1))).sum(-1).T
+
+    def total(function):
+        return lambda: torch.autograd.grad(function().sum(), logits)
+
+    small(
+        f"categorical_kl and gradient {M} x {N} x {C}",
+        {"mmbal": total(lambda: ops.categorical_kl(logits, fused)), "torch": total(torch_categorical)},
+    )
+    weights = torch.rand(N, M, device="cuda")
+    embeddings = [torch.randn(N, 512, device="cuda") for _ in range(M)]
+    with torch.no_grad():
+        small(
+            f"scale_modalities {M} of {N} x 512",
+            {
+                "mmbal": lambda: ops.scale_modalities(embeddings, weights),
+                "torch": lambda: [e * weights[:, m, None] for m, e in enumerate(embeddings)],
+            },
+        )
+
+
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "- TF32 off for float32")
+print("In a mixture's columns: milliseconds, and how many times mmbal's time that is.\n")
+print("| operator | mmbal | torch | torch / mmbal |\n|---|---|---|---|")
 for N in (8192, 131072):
     routers(N, 8)
+divergences_and_weights(8192, 3, 100)
 print(flush=True)
 plain = {"mmbal": with_mmbal, "torch grouped_mm": with_grouped_mm, "torch loop over experts": with_loop, "dense": dense}
 mixture(768, 3072, 8192, 4, 2, torch.bfloat16, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -54,6 +55,23 @@ class Case:
             upstream.append(torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype))
         gradients = torch.autograd.grad(differentiable, tensors, upstream, allow_unused=True)
         return [g for g in gradients if g is not None]
+
+
+FAMILIES = {
+    "moe": "routing",
+    "router": "router_loss",
+    "expert": "expert_mlp",
+    "gaussian": "divergence",
+    "residual": "divergence",
+    "categorical": "divergence",
+    "btw": "btw",
+    "scale": "btw",
+}
+
+
+def family_of(case: Case) -> str:
+    """The file in ops/cuda of the case's operator."""
+    return FAMILIES[re.split("[_ ]", case.name)[0]]
 
 
 def routing(N, dtype, E=5, K=2, normalize=True, bias=False):
@@ -167,7 +185,11 @@ def modality_weights(N, dtype, M=3, d=24):
     ]
 
 
-def cases(dtype) -> list[Case]:
+def cases(dtype, family=None) -> list[Case]:
+    return [case for case in all_cases(dtype) if family in (None, family_of(case))]
+
+
+def all_cases(dtype) -> list[Case]:
     found = []
     for N in (0, 1, 37, 1000):
         found += [

@@ -1,6 +1,7 @@
 // Kernels with a planted bug each, and the right one beside them: test_shim.cc expects the shim to tell them apart.
 #include "planted.h"
 
+#include "async_copies.cuh"
 #include "launch.cuh"
 
 namespace mmbal {
@@ -62,6 +63,23 @@ __global__ void neighbours(const int *values, int *sums, Bug bug) {
     }
 }
 
+// Two groups of copies, one after the other.
+__global__ void copies(const int *values, int *reversed, Bug bug) {
+    constexpr int COPIES = THREADS / 4;
+    int *shared = shared_memory<int>();
+    const int t = threadIdx.x;
+    for (int half = 0; half < 2; half++) {
+        if (t / (COPIES / 2) == half) copy_async(shared + 4 * t, values + 4 * t);
+        end_group_of_copies();
+    }
+    if (bug == Bug::MISSING_WAIT)
+        wait_for_copies<1>();
+    else
+        wait_for_copies<0>();
+    __syncthreads();
+    reversed[t] = shared[THREADS - 1 - t];
+}
+
 } // namespace
 } // namespace mmbal
 
@@ -81,4 +99,8 @@ void planted_sum(const int *values, int64_t count, int *sum, Bug bug) {
 
 void planted_neighbours(const int *values, int *sums, Bug bug) {
     launch(nullptr, 1, THREADS, THREADS * sizeof(int), neighbours, values, sums, bug);
+}
+
+void planted_copies(const int *values, int *reversed, Bug bug) {
+    launch(nullptr, 1, THREADS, THREADS * sizeof(int), copies, values, reversed, bug);
 }

@@ -12,7 +12,8 @@ enum class Bug {
     RACE,
     DIVERGENT_BARRIER,
     DIVERGENT_SHUFFLE,
-    DEADLOCK
+    DEADLOCK,
+    MISSING_WAIT
 };
 
 void planted_reverse(const int *values /* [64] */, int *reversed /* [64] */, Bug bug);
@@ -20,3 +21,5 @@ void planted_copy(const int *values /* [count] */, int64_t count, int *copied /*
 void planted_sum(const int *values /* [count] */, int64_t count, int *sum /* [] */, Bug bug);
 // sums[t] = values[t] + values[t ^ 1]
 void planted_neighbours(const int *values /* [64] */, int *sums /* [64] */, Bug bug);
+// reversed[t] = values[63 - t] by way of asynchronous copies
+void planted_copies(const int *values /* [64] */, int *reversed /* [64] */, Bug bug);

@@ -97,6 +97,17 @@ TYPED_TEST(CudaExpertMlp, FollowsTheFormulas) {
     });
 }
 
+// Rows of odd width begin at each of the four words of a Philox block.
+TYPED_TEST(CudaExpertMlp, DropsTheSameElementsWhateverWordARowBeginsWith) {
+    Spec s;
+    s.N = 10, s.D = 17, s.F = 13, s.activation = MMBAL_GELU, s.dropout = 0.25, s.output_dropout = 0.1;
+    s.seed = 11, s.offset = 5;
+    expect_both<TypeParam>(s);
+    s.D = 3, s.F = 5;
+    expect_both<TypeParam>(s);
+    EXPECT_EQ(joined(cuda_shim::take_reports()), "");
+}
+
 TYPED_TEST(CudaExpertMlp, ServesNoTokensAndExpertsWithoutRows) {
     Spec none, one_expert;
     none.N = 0, none.D = 5, none.F = 9;
@@ -130,6 +141,16 @@ TEST(CudaExpertMlpTiles, RowsAndColumnsBeyondOneTile) {
     s.N = 150, s.K = 1, s.D = 70, s.F = 131, s.E = 2, s.only_expert = 1; // 64 or 128 rows and columns a tile
     expect_both<F32>(s);
     expect_both<F64>(s);
+    EXPECT_EQ(joined(cuda_shim::take_reports()), "");
+}
+
+// More rows, columns and steps than a tile of the tensor cores has, with rows of 16 bytes and without.
+TEST(CudaExpertMlpTiles, OfTensorCores) {
+    Spec s;
+    s.N = 140, s.K = 1, s.D = 136, s.F = 168, s.E = 2, s.only_expert = 1;
+    expect_both<F16>(s);
+    s.D = 37, s.F = 131, s.only_expert = -1;
+    expect_both<BF16>(s);
     EXPECT_EQ(joined(cuda_shim::take_reports()), "");
 }
 

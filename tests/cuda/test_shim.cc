@@ -39,6 +39,12 @@ std::vector<int> reversed(Bug bug) {
     return std::vector<int>(out.data(), out.data() + COUNT);
 }
 
+std::vector<int> reversed_by_copies(Bug bug) {
+    DeviceArray<int> values("values", ascending(COUNT)), out("out", COUNT);
+    planted_copies(values.data(), out.data(), bug);
+    return std::vector<int>(out.data(), out.data() + COUNT);
+}
+
 void copied(Bug bug) {
     constexpr int64_t ODD = 100;
     DeviceArray<int> values("values", ascending(ODD)), out("out", ODD);
@@ -65,6 +71,7 @@ TEST(Shim, ReportsNothingAboutKernelsThatAreRight) {
         std::vector<int> expected = ascending(COUNT);
         std::reverse(expected.begin(), expected.end());
         EXPECT_EQ(reversed(Bug::NONE), expected);
+        EXPECT_EQ(reversed_by_copies(Bug::NONE), expected);
         copied(Bug::NONE);
         summed(Bug::NONE);
         neighbours_added(Bug::NONE);
@@ -103,6 +110,12 @@ TEST(Shim, ReportsAnUninitialisedReadOfSharedMemory) {
     NEEDS_ACCESS_CHECKS();
     const std::string text = reports_of([] { reversed(Bug::UNINITIALISED_SHARED); });
     EXPECT_NE(text.find("uninitialised read at shared memory, byte 20"), std::string::npos) << text;
+}
+
+TEST(Shim, ReportsAReadOfACopyThatNobodyWaitedFor) {
+    NEEDS_ACCESS_CHECKS();
+    const std::string text = reports_of([] { reversed_by_copies(Bug::MISSING_WAIT); });
+    EXPECT_NE(text.find("uninitialised read at shared memory"), std::string::npos) << text;
 }
 
 TEST(Shim, PoisonShowsAnUninitialisedReadInTheResultToo) {

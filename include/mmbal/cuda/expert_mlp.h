@@ -1,8 +1,8 @@
 /* expert_mlp.h on a GPU; see stream.h. The offsets stay on the device: no size that a launch needs depends on them.
  *
  * mmbal_expert_mlp_cuda and its backward are whole. They multiply with mmbal_expert_product_cuda, which serves every
- * dtype and size without tensor cores. Who has faster products for a shape makes the call of the steps below, as the
- * binding does with torch's grouped product. */
+ * dtype and size, on tensor cores where elements have 16 bits. Who has faster products for a shape makes the call of
+ * the steps below, as the binding does with torch's grouped product. */
 #ifndef MMBAL_CUDA_EXPERT_MLP_H
 #define MMBAL_CUDA_EXPERT_MLP_H
 
@@ -31,7 +31,8 @@ mmbal_status mmbal_expert_mlp_backward_cuda(mmbal_dtype dtype, const void *dy, /
                                             const mmbal_expert_mlp_gradients *gradients, void *workspace,
                                             mmbal_stream stream);
 
-/* The products of row r of expert e, sums in real in ascending order: */
+/* The products of row r of expert e, sums in real in ascending order; of 16-bit elements 16 at a time, in the tensor
+ * cores' own order: */
 typedef enum mmbal_expert_product {
     MMBAL_ROWS_TIMES_TRANSPOSED = 0, /* out[r,:] = w[e] a[r,:]         a [R, in]  w [E, out, in]  out [R, out] */
     MMBAL_ROWS_TIMES_MATRIX,         /* out[r,:] = w[e]^T a[r,:]       a [R, in]  w [E, in, out]  out [R, out] */

@@ -6,7 +6,7 @@
 // What a GPU hides is reported (see fibres.h and memory.h): barriers that threads of a block reach at different places,
 // deadlock, lanes that name different masks, races, reads of memory that nothing wrote, accesses beyond its end.
 //
-// What it does not have: time, register limits, coalescing and bank conflicts, wgmma and asynchronous copies, the last
+// What it does not have: time, register limits, coalescing and bank conflicts, wgmma, the last
 // bits of the GPU's own exp and log. Only what ops/cuda uses is here. `__shared__` is left out: kernels ask
 // mmbal::shared_memory (ops/cuda/launch.cuh), so that each block gets exactly as much as its launch asked for.
 #pragma once
@@ -107,6 +107,52 @@ unsigned __match_any_sync(unsigned mask, T value, SHIM_SITE) {
         result |= (lanes.present >> i & 1) && lanes.values[i] == cuda_shim::bits_of(value) ? 1u << i : 0;
     return result;
 }
+
+// What ops/cuda/tensor_cores.cuh has instructions for.
+namespace cuda_shim {
+
+// At once, or as late as the thread's waiting allows: a GPU may do either.
+inline void copy_async(void *to, const void *from) {
+    if (options.seed % 2)
+        *static_cast<uint4 *>(to) = *static_cast<const uint4 *>(from);
+    else
+        begin_copy(to, from);
+}
+
+inline void wait_for_copies(int pending) {
+    for (Copy copy; take_copy(pending, &copy);) *static_cast<uint4 *>(copy.to) = *static_cast<const uint4 *>(copy.from);
+}
+
+inline void load_matrices(bool transposed, const void *row, uint32_t (&pairs)[4], SHIM_SITE) {
+    const Gathered rows = gather(0xFFFFFFFFu, reinterpret_cast<uint64_t>(row), site);
+    const int outer = lane() / 4, inner = lane() % 4 * 2;
+    for (int j = 0; j < 4; j++) {
+        const auto element = [&](int r, int column) {
+            return static_cast<uint32_t>(reinterpret_cast<const uint16_t *>(rows.values[8 * j + r])[column]);
+        };
+        pairs[j] = transposed ? element(inner, outer) | element(inner + 1, outer) << 16
+                              : element(outer, inner) | element(outer, inner + 1) << 16;
+    }
+}
+
+template <typename Load>
+void multiply_add(Load load, float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SHIM_SITE) {
+    const auto both = [](uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; };
+    const Gathered first = gather(0xFFFFFFFFu, both(a[0], a[1]), site);
+    const Gathered last = gather(0xFFFFFFFFu, both(a[2], a[3]), site);
+    const Gathered right = gather(0xFFFFFFFFu, both(b0, b1), site);
+    const auto element = [&](uint64_t registers, int number, int k) {
+        return load(static_cast<uint16_t>(registers >> (32 * number + k % 2 * 16)));
+    };
+    for (int k = 0; k < 16; k++)
+        for (int i = 0; i < 4; i++) { // a in row g or g + 8, b in column 2 t or 2 t + 1
+            const int group = lane() / 4, t = lane() % 4, holder = k % 8 / 2;
+            const uint64_t left = (k < 8 ? first : last).values[group * 4 + holder];
+            sums[i] += element(left, i / 2, k) * element(right.values[(2 * t + i % 2) * 4 + holder], k / 8, k);
+        }
+}
+
+} // namespace cuda_shim
 
 inline float __fdividef(float a, float b) { return a / b; }
 inline int atomicExch(int *address, int value) { return cuda_shim::exchange(address, value); }

@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -83,6 +84,8 @@ struct Fibre {
     uint64_t given = 0;
     bool orders_memory = false;
     Gathered gathered{};
+    std::deque<Copy> copies;
+    int64_t groups = 0; // that ended
 };
 
 struct Block {
@@ -212,6 +215,7 @@ void prepare(Fibre &fibre, uint32_t thread) {
     __asan_unpoison_memory_region(fibre.stack, STACK);
 #endif
     begin_context(&fibre.context, fibre.stack, STACK, enter);
+    fibre.copies.clear();
     fibre.index = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
     fibre.state = State::READY;
 }
@@ -315,6 +319,18 @@ Gathered gather(unsigned mask, uint64_t value, int site, bool orders_memory) {
     if (block.given_up) switch_to_scheduler(true);
     if (fibre.state == State::AT_PRIMITIVE) wait(State::AT_PRIMITIVE);
     return fibre.gathered;
+}
+
+void begin_copy(void *to, const void *from) { me().copies.push_back({to, from, me().groups}); }
+
+void end_group_of_copies() { me().groups++; }
+
+bool take_copy(int pending, Copy *copy) {
+    Fibre &fibre = me();
+    if (fibre.copies.empty() || fibre.copies.front().group >= fibre.groups - pending) return false;
+    *copy = fibre.copies.front();
+    fibre.copies.pop_front();
+    return true;
 }
 
 int lane() { return block.current & 31; }

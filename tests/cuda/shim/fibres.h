@@ -48,6 +48,18 @@ int lane();
 void *shared_memory();
 std::string where_am_i();
 
+// A thread's copies that nobody has waited for, of 16 bytes, in groups.
+struct Copy {
+    void *to;
+    const void *from;
+    int64_t group;
+};
+void begin_copy(void *to, const void *from);
+void end_group_of_copies();
+// Whether one of its groups but the last `pending` has a copy left; it is given out once, to be made now: as late as a
+// GPU may.
+bool take_copy(int pending, Copy *copy);
+
 // When something happened in a launch; memory.h asks whether a barrier lies between two accesses.
 struct Moment {
     uint32_t launch = 0, block = 0, thread = 0, block_epoch = 0, warp_epoch = 0;

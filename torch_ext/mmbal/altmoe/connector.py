@@ -82,7 +82,8 @@ class MoEConnector(nn.Module):
     for.
 
     ``torch.compile`` makes a graph of each direction: with more than ``torch._dynamo.config.recompile_limit`` (8) of
-    them raise that limit, or those beyond it are not compiled.
+    them raise that limit, or those beyond it are not compiled. The default backend draws dropout by a generator of its
+    own: it follows ``torch.manual_seed``, with other masks than without compiling.
     """
 
     def __init__(

@@ -8,12 +8,16 @@
  *   regression   for an own row, over its D numbers d = pred - target:
  *                  smooth_l1  mean of d^2 / (2 beta) where |d| < beta, else of |d| - beta / 2
  *                  mse        mean of d^2              l2  sum of d^2              cosine  1 - cos(pred, target)
- *   contrastive  z[i,j] = cos(source_i, target_j) / tau,  L_i = logsumexp_j z[i,j] - z[i,i],  R_i the same over column
- * i; for an own row (L_i + R_i) / 2 where symmetric, else L_i. Left out of the logsumexp: candidates that are not
- * present, and j != i with the group of i (further positives, not negatives). both         are summed over the own rows
- * that are present, times A / (B P), P the number of present candidates: their mean where A = B. The mean over
- * processes with equal B is that of the joined batch, also where they miss different numbers of rows (where B differs,
- * the sum of B / A times each).
+ *   contrastive  for an own row (L_i + R_i) / 2 where symmetric, else L_i, with
+ *                  z[i,j] = cos(source_i, target_j) / tau
+ *                  L_i = logsumexp_j z[i,j] - z[i,i],  R_i the same over column i
+ *
+ * Left out of the logsumexp: candidates that are not present, and j != i with the group of i (further positives, not
+ * negatives).
+ *
+ * Regression and contrastive are summed over the own rows that are present, times A / (B P), P the number of present
+ * candidates: their mean where A = B. The mean over processes with equal B is that of the joined batch, also where they
+ * miss different numbers of rows (where B differs, the sum of B / A times each).
  *
  * P < 2: contrastive 0, without a gradient; P = 0 or B = 0: all 0. Rows that are not present are not read, and their
  * gradients are 0. cos(x, y) = <x, y> / (max(|x|, 1e-12) max(|y|, 1e-12)); where a norm is at most 1e-12 the vector has

@@ -451,10 +451,12 @@ X, Y = torch.randn(4, 3), torch.randn(4, 2)
         ({"regression": "l1"}, "regression must be smooth_l1, mse, l2 or cosine, got l1"),
     ],
 )
-def test_bad_arguments_are_named(change, message):
+def test_bad_arguments_are_named_by_the_kernel_and_where_nothing_is_computed(change, message):
     arguments = {"pred": X, "target": X, "source_embedding": Y, "target_embedding": Y} | change
-    with pytest.raises(RuntimeError, match="align_loss: " + message):
-        op(**arguments)
+    for device in ("cpu", "meta"):
+        moved = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
+        with pytest.raises(RuntimeError, match="align_loss: " + message):
+            op(**moved)
 
 
 @pytest.mark.parametrize("name", ["target", "source_embedding", "target_embedding", "group_ids", "present"])

@@ -175,9 +175,10 @@ def test_compile_gives_what_eager_gives():
         (torch.zeros(2, 4).half(), torch.zeros(3, 4), 1, "query must be float32 as bank is.*got float16"),
     ],
 )
-def test_bad_arguments_of_the_search_are_named(query, bank, k, message):
-    with pytest.raises(RuntimeError, match="topk_search: " + message):
-        topk_search(query, bank, k)
+def test_bad_arguments_of_the_search_are_named_by_the_kernel_and_where_nothing_is_computed(query, bank, k, message):
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match="topk_search: " + message):
+            topk_search(query.to(device), bank.to(device), k)
 
 
 def test_an_argument_elsewhere_is_named():

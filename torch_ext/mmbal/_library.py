@@ -28,6 +28,31 @@ def check_devices(op: str, **tensors) -> None:
             raise RuntimeError(f"{op}: {name} must be on {first[1]} as {first[0]} is, got {device}")
 
 
+def check(op: str, holds: bool, *message) -> None:
+    if not holds:
+        raise RuntimeError(f"{op}: {''.join(map(str, message))}")
+
+
+def check_shape(op: str, name: str, t: torch.Tensor, letters: str, sizes: tuple) -> None:
+    """For fake kernels, in the words of the others; a size is None where any will do."""
+    same = t.dim() == len(sizes) and all(n is None or n == m for n, m in zip(sizes, t.shape, strict=True))
+    expected = ", ".join("*" if n is None else str(n) for n in sizes)
+    check(op, same, name, " must be ", letters, " = [", expected, "], got ", list(t.shape))
+
+
+def check_dtype(op: str, name: str, t: torch.Tensor, dtype: torch.dtype) -> None:
+    check(op, t.dtype == dtype, name, " must be ", dtype_text(dtype), ", got ", dtype_text(t.dtype))
+
+
+def check_storage_dtype(op: str, name: str, t: torch.Tensor) -> None:
+    stored = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check(op, t.dtype in stored, name, " must be float32, bfloat16, float16 or float64, got ", dtype_text(t.dtype))
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 implementations = torch.library.Library("mmbal", "IMPL")
 
 

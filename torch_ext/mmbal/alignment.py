@@ -3,11 +3,22 @@
 Letters: B own rows, D width of what is regressed, A candidates of all processes, C width of the embeddings.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import check_devices, implementations, ops, refuse_double_backward
+from mmbal._library import (
+    check,
+    check_devices,
+    check_dtype,
+    check_shape,
+    check_storage_dtype,
+    implementations,
+    ops,
+    refuse_double_backward,
+)
 from mmbal.routing import real_dtype
 
 
@@ -61,7 +72,20 @@ def align_loss(
 
 
 @register_fake("mmbal::align_loss")
-def _(pred_BD, target_BD, source_AC, target_AC, group_ids_A=None, present_A=None, *options, **named):
+def _(
+    pred_BD,
+    target_BD,
+    source_AC,
+    target_AC,
+    group_ids_A=None,
+    present_A=None,
+    offset=0,
+    tau=0.03,
+    alpha=0.5,
+    regression="smooth_l1",
+    beta=1.0,
+    symmetric=True,
+):
     check_devices(
         "align_loss",
         pred=pred_BD,
@@ -71,9 +95,39 @@ def _(pred_BD, target_BD, source_AC, target_AC, group_ids_A=None, present_A=None
         group_ids=group_ids_A,
         present=present_A,
     )
+    _check_tensors(pred_BD, target_BD, source_AC, target_AC, group_ids_A, present_A)
+    op, most = "align_loss", source_AC.shape[0] - pred_BD.shape[0]
+    check(op, 0 <= offset <= most, "offset must be from 0 to A - B = ", most, ", got ", offset)
+    check(op, 1e-30 <= tau <= 1e30, "tau must be from 1e-30 to 1e30, got ", tau)
+    check(op, 0 <= alpha <= 1, "alpha must be from 0 to 1, got ", alpha)
+    check(op, 0 <= beta < math.inf, "beta must be finite and not negative, got ", beta)
+    known = regression in ("smooth_l1", "mse", "l2", "cosine")
+    check(op, known, "regression must be smooth_l1, mse, l2 or cosine, got ", regression)
     real = real_dtype(pred_BD.dtype)
     scalars = [pred_BD.new_empty((), dtype=real) for _ in range(3)]
     return *scalars, pred_BD.new_empty(2, pred_BD.shape[0], dtype=real)
+
+
+def _check_tensors(pred_BD, target_BD, source_AC, target_AC, group_ids_A, present_A):
+    op = "align_loss"
+    check_shape(op, "pred", pred_BD, "[B, D]", (None, None))
+    check_storage_dtype(op, "pred", pred_BD)
+    check_shape(op, "source_embedding", source_AC, "[A, C]", (None, None))
+    (B, D), (A, C) = pred_BD.shape, source_AC.shape
+    for name, t, letters, sizes in (
+        ("target", target_BD, "[B, D]", (B, D)),
+        ("source_embedding", source_AC, "[A, C]", (A, C)),
+        ("target_embedding", target_AC, "[A, C]", (A, C)),
+    ):
+        check_shape(op, name, t, letters, sizes)
+        check_dtype(op, name, t, pred_BD.dtype)
+    check(op, D >= 1, "pred must have at least one column, got ", [B, D])
+    check(op, C >= 1, "source_embedding must have at least one column, got ", [A, C])
+    check(op, A >= B, "source_embedding must have a row for each of the ", B, " of pred, got ", [A, C])
+    for name, t, dtype in (("group_ids", group_ids_A, torch.int64), ("present", present_A, torch.bool)):
+        if t is not None:
+            check_shape(op, name, t, "[A]", (A,))
+            check_dtype(op, name, t, dtype)
 
 
 @register_fake("mmbal::align_loss_backward")

@@ -28,6 +28,7 @@ from mmbal.altmoe.parts import (
     project,
 )
 from mmbal.altmoe.store import fingerprint_of
+from mmbal.altmoe.tokens import as_tokens
 from mmbal.methods.rows import choose
 from mmbal.moe import Experts, RouterRecord, mix_experts, router_logits
 
@@ -68,9 +69,21 @@ class MoEConnector(nn.Module):
     pool : "after" the experts, as published, or "before": the mean of the tokens goes in, 1/T of the work.
     preset : "code", the authors' code as above, or "v6", the paper's text: gates per branch, with a bias for each
         source modality and branch in place of the embeddings of directions and branches and of the gate's own bias.
+        Of the rest of the text it changes nothing: experts of each modality are ``expert_scope="per_modality"``, and
+        its loss is ``AlignLoss(regression="l2", symmetric=False)``.
 
     Masked and padded tokens (mask False) are left out of every mean and of ``usage``; an item without a token gets zero
-    vectors and ``valid`` False. Integer inputs are classes: they stand for one-hot vectors of width d_m.
+    vectors and ``valid`` False. Features of another precision are taken in that of the weights.
+
+    Inputs of integers or bool are classes: they stand for one-hot vectors of width d_m. Items of one class have the
+    same target, so that AlignLoss takes the classes as ``group_ids`` where none are given and a target is one class an
+    item; as sources, or with several classes an item, equal ones are negatives of each other unless ``group_ids`` say
+    otherwise. A class that is out of range is an error on the CPU; elsewhere and under torch.compile it is not looked
+    for.
+
+    ``torch.compile`` makes a graph of each direction: with more than ``torch._dynamo.config.recompile_limit`` (8) of
+    them raise that limit, or those beyond it are not compiled. The default backend draws dropout by a generator of its
+    own: it follows ``torch.manual_seed``, with other masks than without compiling.
     """
 
     def __init__(
@@ -112,7 +125,7 @@ class MoEConnector(nn.Module):
         self.hidden, self.ffn, self.cl_dim = hidden, ffn, cl_dim
         self.num_experts, self.top_k, self.dropout = num_experts, top_k, dropout
         self.expert_scope, self.gates, self.renorm, self.pool, self.preset = expert_scope, gates, renorm, pool, preset
-        self._to = to = {"device": device, "dtype": dtype}
+        to = {"device": device, "dtype": dtype}
         self._reset_gate(to)
         self.experts = Experts(num_experts, hidden, ffn, **to)
         growth.reset_experts_(self.experts)
@@ -178,26 +191,8 @@ class MoEConnector(nn.Module):
             raise ValueError(f"MoEConnector: directions must have {key}, got {', '.join(self.heads)}")
         return self.heads[key]
 
-    def _tokens(
-        self, name: str, modality: str, x: Tensor, mask: Tensor | None, pooling: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """x as [B, T, d] and mask as [B, T]; zero where the mask leaves out. Classes as [B, T], or where they will be
-        ``pooling`` as [B, 1] or one-hot [B, T, d]."""
-        dim, wide = self.modalities[modality].dim, x.is_floating_point()
-        if x.dim() not in ((2, 3) if wide else (1, 2)) or (wide and x.shape[-1] != dim):
-            shapes = f"[B, T, {dim}] or [B, {dim}]" if wide else "classes [B, T] or [B]"
-            raise ValueError(f"MoEConnector: {name} of {modality} must be {shapes}, got {list(x.shape)}")
-        x = x.unsqueeze(1) if x.dim() == (2 if wide else 1) else x
-        if mask is not None:
-            if mask.dtype != torch.bool or mask.shape not in (x.shape[:2], x.shape[:1]):
-                B, T = x.shape[:2]
-                found = f"{mask.dtype} {list(mask.shape)}"
-                raise ValueError(f"MoEConnector: mask of {modality} must be bool [{B}, {T}] or [{B}], got {found}")
-            mask = (mask if mask.dim() == 2 else mask.unsqueeze(1)).expand(x.shape[:2])
-            x = x.where(mask.unsqueeze(2) if wide else mask, 0)
-        if not wide and pooling and x.shape[1] != 1:
-            x = F.one_hot(x, dim).to(self.experts.w1.dtype)
-        return x, mask
+    def _tokens(self, name: str, modality: str, x: Tensor, mask: Tensor | None, pooling: bool):
+        return as_tokens(name, modality, x, mask, self.modalities[modality].dim, self.experts.w1.dtype, pooling)
 
     def _rows_of(self, head: Head, sources: tuple[str, ...], x, mask) -> tuple[Tensor, Tensor | None, list[int]]:
         """h0 [B, T, D] of all sources, the mask [B, T], and how many of the T tokens are of each source."""
@@ -246,7 +241,7 @@ class MoEConnector(nn.Module):
         if len(firsts) == 1:
             return firsts[0]
         of_tokens = [torch.full((count,), first, device=device) for first, count in zip(firsts, counts, strict=True)]
-        return torch.cat(of_tokens).repeat(rows // sum(counts)).unsqueeze(1)
+        return torch.cat(of_tokens).repeat(rows // max(sum(counts), 1)).unsqueeze(1)
 
     def forward(
         self,
@@ -320,17 +315,17 @@ class MoEConnector(nn.Module):
             targets = [name for name, modality in self.modalities.items() if modality.target is not None]
             raise ValueError(f"MoEConnector: tgt must be one of {', '.join(targets)}, got {tgt!r}")
         tokens, kept = self._tokens("y", tgt, y.detach() if detach else y, mask, pooling=True)
-        projection, valid = self.modalities[tgt].target, None if kept is None else kept.any(1)
+        projection, valid, classes = self.modalities[tgt].target, None if kept is None else kept.any(1), None
         if tokens.is_floating_point():
             reg = masked_mean(tokens, kept)
             cl = projection(reg)
         else:
-            classes = tokens.squeeze(1)
+            classes = tokens.squeeze(1)  # [B]
             reg = F.one_hot(classes, self.modalities[tgt].dim).to(projection.weight.dtype)
             cl = project(projection, classes)  # rows of the weight instead of a product
         if valid is not None:
             reg, cl = reg.where(valid.unsqueeze(1), 0), cl.where(valid.unsqueeze(1), 0)
-        return TargetOut(reg, cl, valid)
+        return TargetOut(reg, cl, valid, classes)
 
     # --- Growth and use ----------------------------------------------------------------------------------------------
 
@@ -344,19 +339,32 @@ class MoEConnector(nn.Module):
         """A new modality and its directions ("all": to and from every other), for a trained connector. Returns the
         new parameters: ``optimizer.add_param_group({"params": connector.add_modality("depth", 256)})``.
 
-        What is there computes what it did. With experts per modality the new one gets its own, in the same tensors:
-        there ``optimizer`` must be given as in :meth:`add_experts`.
+        What is there computes what it did. With experts per modality the new one gets its own, in the tensors of the
+        others: ``optimizer`` must be given as in :meth:`add_experts`, they are not among the parameters that are
+        returned, and where the connector is frozen they are too.
         """
         return growth.add_modality(self, name, dim, directions, optimizer)
 
-    def add_experts(self, n: int, margin: float = 5.0, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """``n`` more experts (of each modality, with experts per modality). Their gate rows are zero but for a bias
-        ``margin`` below the lowest there is, so that what is there computes almost what it did.
+    def add_experts(
+        self,
+        n: int,
+        margin: float = 5.0,
+        optimizer: torch.optim.Optimizer | None = None,
+        logits: Tensor | Sequence[Tensor] | None = None,
+    ) -> None:
+        """``n`` more experts (of each modality, with experts per modality). Their gate rows are zero but for the bias,
+        which is their logit for every token: ``margin`` below the lowest of ``logits``, logits [..., E] that the gate
+        gave for tokens of the user's (``record.logits.detach()`` of ``out.stats``). No such token chooses them then,
+        and what is there computes almost what it did.
+
+        Without ``logits`` the margin is below the lowest bias. How far logits are from biases is not known here: where
+        they spread further than the margin, new experts are chosen at once.
 
         Parameters stay the same objects with larger tensors; moments that ``optimizer`` holds for them get zeros beside
-        them. Gradients are dropped.
+        them. It must be given where one such as Adam has stepped, which cannot be seen from here: else its next step
+        fails. Gradients are dropped. While a graph holds the parameters, nothing is changed and a RuntimeError raised.
         """
-        growth.add_experts(self, n, margin, optimizer)
+        growth.add_experts(self, n, margin, optimizer, logits)
 
     def set_top_k(self, k: int) -> None:
         """From now on K experts for each token and branch."""
@@ -367,6 +375,8 @@ class MoEConnector(nn.Module):
     def usage(self, direction: Direction) -> Tensor:
         """How often each expert was chosen since the last ``reset_usage``: int64 [2, experts], row 0 for the regression
         branch and 1 for the contrastive one. With experts per modality E columns for each, in their order."""
+        if isinstance(direction, str) or len(direction) != 2:
+            raise ValueError(f"usage: direction must be a pair (source, target), got {direction!r}")
         return self._head(*direction).usage.clone()
 
     def fingerprint(self, modality: str, encoder: nn.Module | None = None) -> str:

@@ -43,7 +43,9 @@ class AlignLoss(nn.Module):
     group : the process group; None: all processes, where torch.distributed is initialised.
 
     Items without a token (``valid`` False in either) are left out. ``group_ids`` int64 [B] says which items belong
-    together (captions of one picture): they are no negatives of each other. The contrastive loss of one item is 0.
+    together (captions of one picture): they are no negatives of each other. Where none are given and the target is one
+    class an item (``target.classes``), items of a class belong together; ``torch.arange(B)`` makes them negatives all
+    the same. The contrastive loss of one item is 0.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class AlignLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(self, out: ConnectorOut, target: TargetOut, group_ids: Tensor | None = None) -> AlignLossOut:
+        group_ids = target.classes if group_ids is None else group_ids
         present = out.valid if target.valid is None else target.valid
         if out.valid is not None and target.valid is not None:
             present = out.valid & target.valid

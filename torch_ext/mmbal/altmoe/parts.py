@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmbal.moe import RouterRecord
+from mmbal.routing import real_dtype
 
 BRANCHES = ("reg", "cl")
 Sources = str | tuple[str, ...]
@@ -36,6 +37,7 @@ class TargetOut(NamedTuple):
     reg: Tensor  # [B, d_t]
     cl: Tensor  # [B, C]
     valid: Tensor | None = None  # [B] bool
+    classes: Tensor | None = None  # [B] int64, where the target is one class an item
 
 
 def as_sources(src: Sources | Sequence[str]) -> tuple[str, ...]:
@@ -49,9 +51,12 @@ def label(direction: Direction) -> str:
 
 
 def check_names(names: Iterable[str]) -> None:
+    taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}  # torch keeps what they hold as attributes
     for name in names:
         if not isinstance(name, str) or not name or any(mark in name for mark in (".", "+", "->")):
             raise ValueError(f"MoEConnector: names of modalities must be without '.', '+' and '->', got {name!r}")
+        if name in taken:
+            raise ValueError(f"MoEConnector: names of modalities must not be those of torch's modules, got {name!r}")
 
 
 def list_directions(directions: str | Sequence[Direction], modalities: Sequence[str]) -> list[Direction]:
@@ -59,6 +64,8 @@ def list_directions(directions: str | Sequence[Direction], modalities: Sequence[
     if isinstance(directions, str):
         if directions != "all":
             raise ValueError(f"MoEConnector: directions must be 'all' or pairs (source, target), got {directions!r}")
+        if len(modalities) < 2:
+            raise ValueError(f"MoEConnector: dims must have at least two modalities, got {list(modalities)}")
         return list(permutations(modalities, 2))
     listed = []
     for direction in directions:
@@ -69,8 +76,11 @@ def list_directions(directions: str | Sequence[Direction], modalities: Sequence[
             raise ValueError(f"MoEConnector: directions must use {list(modalities)}, got {sorted(unknown)}")
         if not sources or len(set(sources)) < len(sources):
             raise ValueError(f"MoEConnector: sources of a direction must be different names, got {sources!r}")
+        if tgt in sources:
+            raise ValueError(f"MoEConnector: the target of a direction must not be a source of it, got {direction!r}")
         listed.append((sources[0] if len(sources) == 1 else sources, tgt))
-    if not listed or len(set(listed)) < len(listed):
+    same = {(frozenset(as_sources(src)), tgt) for src, tgt in listed}  # sources have no order
+    if not listed or len(same) < len(listed):
         raise ValueError(f"MoEConnector: directions must be different pairs, at least one, got {listed!r}")
     return listed
 
@@ -91,11 +101,14 @@ def linear(inputs: int, outputs: int, **to) -> nn.Linear:
 
 
 def masked_mean(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Mean over the tokens that the mask counts: [B, D], zero where it counts none. What it leaves out may be NaN."""
+    """Mean over the tokens that the mask counts: [B, D], zero where it counts none. What it leaves out may be NaN.
+
+    Half precision is summed and divided in float32: the sum of many tokens is beyond it."""
+    real = real_dtype(x_BTD.dtype)
     if mask_BT is None:
-        return x_BTD.mean(1)
-    total = x_BTD.where(mask_BT.unsqueeze(2), 0).sum(1)
-    return total / mask_BT.sum(1, keepdim=True).clamp_min(1).to(total.dtype)
+        return (x_BTD.sum(1, dtype=real) / x_BTD.shape[1]).to(x_BTD.dtype)
+    total = x_BTD.where(mask_BT.unsqueeze(2), 0).sum(1, dtype=real)
+    return (total / mask_BT.sum(1, keepdim=True).clamp_min(1)).to(x_BTD.dtype)
 
 
 def project(layer: nn.Linear, x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -109,23 +122,23 @@ def project(layer: nn.Linear, x: Tensor, shift: Tensor | None = None) -> Tensor:
 class Modality(nn.Module):
     """What belongs to one modality: its way in as a source, its bias in the gate, its projection as a target."""
 
-    def __init__(self, dim: int, width: int, cl_dim: int, gate_biases: int, **to):
+    def __init__(self, dim: int, width: int, cl_dim: int, gate_biases: int):
         super().__init__()
         self.dim = dim
         self.source: nn.Linear | None = None
         self.target: nn.Linear | None = None
         self.register_parameter("gate_bias", None)
-        self._sizes, self._to = (width, cl_dim, gate_biases), to
+        self._sizes = (width, cl_dim, gate_biases)
 
-    def serve(self, source: bool, target: bool) -> None:
-        """Makes what these roles need and is not there yet."""
+    def serve(self, source: bool, target: bool, **to) -> None:
+        """Makes what these roles need and is not there yet, of this device and dtype."""
         width, cl_dim, gate_biases = self._sizes
         if source and self.source is None:
-            self.source = linear(self.dim, width, **self._to)
+            self.source = linear(self.dim, width, **to)
             if gate_biases:
-                self.gate_bias = nn.Parameter(torch.zeros(len(BRANCHES), gate_biases, **self._to))
+                self.gate_bias = nn.Parameter(torch.zeros(len(BRANCHES), gate_biases, **to))
         if target and self.target is None:
-            self.target = linear(self.dim, cl_dim, **self._to)
+            self.target = linear(self.dim, cl_dim, **to)
 
 
 class Head(nn.Module):

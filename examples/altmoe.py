@@ -60,14 +60,14 @@ def main():
     if checkpoint.exists():
         trainer.load(checkpoint)  # same batches, directions and random numbers as if it had not been stopped
         print(f"goes on from step {trainer.steps}")
-    show("before", trainer.evaluate(test))
+    show("now   " if trainer.steps else "before", trainer.evaluate(test))
     while sampler.epoch < options.epochs:
         for rows in sampler:
             trainer.step({name: x[rows] for name, x in train.items()})  # alt-moe
         if sampler.epoch % 10 == 0:
             trainer.save(checkpoint)
     trainer.save(checkpoint)
-    connector.reset_usage()
+    connector.eval().reset_usage()  # while training, evaluations are not counted
     show("after ", trainer.evaluate(test))
     for direction in connector.directions:
         shares = connector.usage(direction).double().sum(0)

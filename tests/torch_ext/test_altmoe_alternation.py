@@ -143,8 +143,11 @@ def test_a_state_goes_on_bit_for_bit_and_not_from_inside_a_window(tmp_path):
     assert_same(ours, other)
     assert step.optimizer.param_groups[0]["lr"] == again.optimizer.param_groups[0]["lr"] < 0.01
     step(given[0])
-    with pytest.raises(RuntimeError, match="a window of 2 batches is open"):
+    assert step.window_open
+    with pytest.raises(RuntimeError, match=r"a window of 2 batches is open: .*flush\(\)"):
         step.state_dict()
+    assert step.flush().stepped and not step.window_open and step.flush() is None
+    step.state_dict()
 
 
 def test_bfloat16_and_float16_train_with_autocast():
@@ -157,6 +160,72 @@ def test_bfloat16_and_float16_train_with_autocast():
         assert set(seen) == {dtype}
         assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
         assert ("scale" in (step.state_dict()["scaler"] or {})) == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize("given", ["flushed", "two without rows"])
+def test_a_window_is_the_mean_over_its_batches_that_had_rows(given):
+    ours = TwoTasks()
+    theirs = copy.deepcopy(ours)
+    first, second = batches(2)
+    step = alternate(
+        tasks_of(ours),
+        MAKE["sgd"](ours.parameters()),
+        accumulate=4,
+        rows_of=lambda task, batch: (0 if batch is None else 8, batch),
+    )
+    for batch in (first, second) if given == "flushed" else (None, first, None):
+        assert not step(batch).stepped
+    info = step.flush() if given == "flushed" else step(second)
+    assert info.direction == "depth" and info.stepped and info.grad_norm > 0
+    tasks_of(theirs)["depth"]({key: torch.cat([first[key], second[key]]) for key in first}).backward()
+    MAKE["sgd"](theirs.parameters()).step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert step(first).direction == "class"
+
+
+def test_a_batch_that_raises_counts_for_nothing():
+    ours, smooth = TwoTasks(), TwoTasks()
+    smooth.load_state_dict(ours.state_dict())
+    make = lambda model: alternate(  # noqa: E731
+        tasks_of(model), MAKE["adamw"](model.parameters()), DirectionSchedule.weighted(["depth", "class"], [1, 1], 2)
+    )
+    step, undisturbed = make(ours), make(smooth)
+    for batch in batches(7):
+        with pytest.raises(RuntimeError):
+            step({**batch, "x": batch["x"][:, :3]})
+        assert step(batch).direction == undisturbed(batch).direction
+    assert step.batches == step.schedule.count == 7
+    assert_same(ours, smooth)
+
+
+def test_tasks_may_give_numbers_for_the_log():
+    model = TwoTasks()
+    loss = tasks_of(model)["depth"]
+    give = lambda *log: alternate({"depth": lambda b: (loss(b), *log)}, MAKE["sgd"](model.parameters()))  # noqa: E731
+    (batch,) = batches(1)
+    info = give(1.5, torch.tensor(2.0, requires_grad=True))(batch)
+    assert info.reg == 1.5 and info.cl == 2 and not info.cl.requires_grad
+    assert give(None, None)(batch).reg is None
+    with pytest.raises(ValueError, match="task 'depth' must give a scalar loss, or a tuple of it and two numbers"):
+        give(1.5)(batch)
+    with pytest.raises(ValueError, match="task 'depth' must give a scalar loss"):
+        alternate({"depth": lambda b: model(b["x"], "depth")}, MAKE["sgd"](model.parameters()))(batch)
+
+
+@pytest.mark.parametrize("kind", ["float16", "skip_nonfinite"])
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_says_so(kind):
+    model = TwoTasks()
+    optimizer = MAKE["sgd"](model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    options = {"amp": torch.float16} if kind == "float16" else {"skip_nonfinite": True}
+    step = alternate(tasks_of(model), optimizer, lr_scheduler=scheduler, clip=1.0, **options)
+    bad, good = batches(2)
+    before = copy.deepcopy(model)
+    info = step({**bad, "depth": bad["depth"] * torch.inf})
+    assert not info.stepped and not info.grad_norm.isfinite() and optimizer.param_groups[0]["lr"] == 0.1
+    assert_same(model, before)
+    assert step(good).stepped and optimizer.param_groups[0]["lr"] == 0.05
 
 
 # --- Experts without rows ---------------------------------------------------------------------------------------------
@@ -232,6 +301,9 @@ def test_wrong_arguments_are_named():
             "schedule": DirectionSchedule.cycle(["colour"])
         },
         "state='per_direction' needs an optimizer that has not stepped yet": {"state": "per_direction"},
+        "lr_scheduler must step without a metric, got ReduceLROnPlateau": {
+            "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(used)
+        },
     }.items():
         with pytest.raises(ValueError, match=message):
             alternate(tasks_of(model), used, **options)
@@ -241,3 +313,8 @@ def test_wrong_arguments_are_named():
     )
     with pytest.raises(ValueError, match="the state has none of moments, other than this object"):
         apart.load_state_dict(shared.state_dict())
+    moe = mmbal.MoEMLP(4, 6, 3, top_k=2)
+    factored = torch.optim.Adafactor(moe.parameters())
+    with pytest.raises(ValueError, match="idle_experts='keep' needs moments for each weight"):
+        alternate({"up": moe}, factored, models=[moe])
+    alternate({"up": moe}, factored, models=[moe], idle_experts="move")

@@ -18,6 +18,7 @@ from mmbal import (
     MoEConnector,
     ResumableBatchSampler,
     TargetOut,
+    alternate,
 )
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -139,6 +140,34 @@ def checkpoint(rank, folder):
     return [{n: p.detach() for n, p in t.connector.named_parameters()} for t, _ in (whole, again)]
 
 
+class TwoHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = torch.nn.Linear(3, 4)
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(4, 1) for name in "ab"})
+
+    def forward(self, x, name):
+        return self.heads[name](self.trunk(x))
+
+
+def data_parallel(rank):
+    """alternate over a model in DistributedDataParallel, or without where rank is None."""
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    wrapped = model
+    if rank is not None:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    tasks = {name: lambda x, name=name: wrapped(x, name).square().mean() for name in "ab"}
+    step = alternate(tasks, torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5))
+    still = []
+    for i in range(STEPS):
+        before = {name: [p.detach().clone() for p in head.parameters()] for name, head in model.heads.items()}
+        task = step(drawn(ROWS, 3, seed=i)[rows_of(rank, 6)]).direction
+        idle = "b" if task == "a" else "a"
+        still.append(all(map(torch.equal, model.heads[idle].parameters(), before[idle])))
+    return {"still": still, "parameters": {n: p.detach() for n, p in model.named_parameters()}}
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -152,6 +181,7 @@ def process(rank, folder):
         "apart": refusal(rank, broadcast=False),
         "ahead": refusal(rank, ahead=True),
         "checkpoint": checkpoint(rank, folder),
+        "data parallel": data_parallel(rank),
     }
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
@@ -212,3 +242,10 @@ def test_ranks_that_draw_apart_or_are_at_different_steps_are_told_so(two_process
 def test_a_checkpoint_of_two_processes_goes_on_with_the_random_numbers_of_each(two_processes):
     for whole, again in (rank["checkpoint"] for rank in two_processes):
         torch.testing.assert_close(again, whole, rtol=0, atol=0)
+
+
+def test_a_model_in_data_parallel_that_finds_unused_parameters_alternates(two_processes):
+    first, second = (rank["data parallel"] for rank in two_processes)
+    assert first["still"] == second["still"] == [True] * STEPS
+    torch.testing.assert_close(first["parameters"], second["parameters"], rtol=0, atol=0)
+    torch.testing.assert_close(first["parameters"], data_parallel(None)["parameters"], rtol=1e-9, atol=1e-12)

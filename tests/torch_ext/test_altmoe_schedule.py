@@ -3,6 +3,7 @@
 import json
 from itertools import chain, islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,20 @@ def test_adaptive_probabilities_stay_within_their_bounds_and_sum_to_one(recalls)
     assert p[order[0]] >= p[order[1]] >= p[order[2]]
 
 
+def test_adaptive_bounds_hold_from_the_start_and_the_base_may_be_an_array():
+    p = DirectionSchedule.adaptive(PAIRS, base=np.array([8.0, 1.0, 1.0]), lo=0.2, hi=0.5).probabilities
+    assert list(p.values()) == pytest.approx([0.5, 0.25, 0.25])
+
+
+def test_update_takes_what_an_evaluation_gives():
+    ones = dict(zip(PAIRS, (0.9, 0.5, 0.6), strict=True))
+    found = {direction: {1: one, 5: 1 - one} for direction, one in ones.items()}
+    for k, expected in ((None, [0.1, 0.5, 0.4]), (5, [0.45, 0.25, 0.3])):
+        schedule = DirectionSchedule.adaptive(PAIRS)
+        schedule.update(found, k)
+        assert list(schedule.probabilities.values()) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("kind", ["cycle", "weighted", "adaptive"])
 @pytest.mark.parametrize("given", [0, 1, 7, 8])
 def test_a_state_of_plain_numbers_goes_on_with_the_same_directions(kind, given):
@@ -88,6 +103,22 @@ def test_wrong_arguments_of_schedules_are_named():
         lambda: DirectionSchedule.cycle(PAIRS).load_state_dict(
             DirectionSchedule.cycle(PAIRS, steps=2).state_dict()
         ): "steps must be 1 as in this schedule, got 2",
+        lambda: DirectionSchedule.adaptive(PAIRS).load_state_dict(
+            DirectionSchedule.adaptive(PAIRS, lo=0.1).state_dict()
+        ): "lo must be 0.0 as in this schedule, got 0.1",
+        lambda: DirectionSchedule.adaptive(PAIRS).load_state_dict(
+            DirectionSchedule.adaptive(PAIRS).state_dict() | {"probabilities": [0.5, 0.5]}
+        ): r"probabilities must be 3 numbers of at least 0, got \[0.5, 0.5\]",
+        lambda: DirectionSchedule.adaptive(PAIRS).load_state_dict(
+            DirectionSchedule.adaptive(PAIRS).state_dict() | {"probabilities": [0.5, 0.5, 0.5]}
+        ): "probabilities of a state must be 3 whose sum is 1",
+        lambda: DirectionSchedule.cycle(PAIRS).load_state_dict(
+            DirectionSchedule.cycle(PAIRS).state_dict() | {"drawn": 3}
+        ): "drawn of a state must be a number in range, got 3",
+        lambda: DirectionSchedule.cycle(PAIRS).load_state_dict([]): "the state must be a dict, got list",
+        lambda: DirectionSchedule.weighted(PAIRS, [1, 1, 1], seed=-1): "seed must be an integer of at least 0, got -1",
+        lambda: DirectionSchedule.adaptive(PAIRS).update({PAIRS[0]: 1.0}): "recalls must have every direction",
+        lambda: DirectionSchedule.adaptive(PAIRS).update({d: {1: float("nan")} for d in PAIRS}): "from 0 to 1",
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
@@ -117,6 +148,8 @@ def test_what_does_not_fill_a_batch_is_left_out_or_a_smaller_batch():
     assert [len(b) for b in epoch_of(ResumableBatchSampler(23, 5, drop_last=False))] == [5] * 4 + [3]
     ranks = [epoch_of(ResumableBatchSampler(23, 5, drop_last=False, rank=r, world_size=2)) for r in range(2)]
     assert [[len(b) for b in batches] for batches in ranks] == [[5, 5, 2], [5, 5, 1]]
+    fewer = [epoch_of(ResumableBatchSampler(21, 5, drop_last=False, rank=r, world_size=2)) for r in range(2)]
+    assert [[len(b) for b in batches] for batches in fewer] == [[5, 5], [5, 5]]
 
 
 def test_ranks_share_a_permutation_without_overlap():
@@ -164,5 +197,7 @@ def test_wrong_arguments_of_samplers_are_named():
             ResumableBatchSampler(*arguments)
     with pytest.raises(ValueError, match="rank must be from 0 to 1, got 2"):
         ResumableBatchSampler(20, 5, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="seed must be an integer of at least 0, got -1"):
+        ResumableBatchSampler(20, 5, seed=-1)
     with pytest.raises(ValueError, match="batch_size must be 5 as here, got 4"):
         ResumableBatchSampler(20, 5).load_state_dict(ResumableBatchSampler(20, 4).state_dict())

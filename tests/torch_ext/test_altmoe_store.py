@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from mmbal import MoEConnector, VectorStore
+from mmbal.altmoe.store import fingerprint_of
 
 
 def vectors(n=40, dim=6, seed=0):
@@ -86,6 +89,11 @@ def test_wrong_arguments_are_named():
         lambda: store.add([1, 1], vectors(2)): "ids must be different, got some twice",
         lambda: store.add([100], vectors(1)): r"ids must be new, got \[100\]",
         lambda: store.add(["a"], vectors(1)): "ids must be all integers or all strings",
+        lambda: store.add([1, "a"], vectors(2)): "ids must be all integers or all strings",
+        lambda: store.add([1.5], vectors(1)): "ids must be int64 numbers or strings, got 1.5",
+        lambda: store.add(torch.tensor([1.0]), vectors(1)): "ids must be int64 numbers or strings, got 1.0",
+        lambda: store.add([True], vectors(1)): "ids must be int64 numbers or strings, got True",
+        lambda: store.add([2**70], vectors(1)): f"ids must be int64 numbers or strings, got {2**70}",
         lambda: store.add([1], vectors(1) * torch.nan): "vectors must be finite",
         lambda: store.search(vectors(1, 5), 1): r"query must be \[Q, 6\], got \[1, 5\]",
         lambda: store.search(vectors(1), 41): "k must be from 1 to the number of entries 40, got 41",
@@ -107,3 +115,85 @@ def test_a_folder_that_holds_something_else_is_named(tmp_path):
         note.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match="store cannot be read"):
             VectorStore.load(tmp_path / "store")
+
+
+def test_ids_of_numpy_are_taken():
+    store, given = VectorStore(6), vectors()[:3]
+    store.add(np.array([3, -(2**63)]), given[:2])
+    assert store.ids == [3, -(2**63)] and store.search(given[:2], 1).ids.tolist() == [[3], [-(2**63)]]
+    store.add(torch.tensor([5], dtype=torch.int32), given[2:])
+    assert store.search(given, 1).ids.flatten().tolist() == [3, -(2**63), 5]
+
+
+@pytest.mark.parametrize("dtype, scales", [(torch.float32, (1e30, 1e-30, 1e-40)), (torch.float64, (1e300, 1e-300))])
+def test_vectors_and_queries_of_any_length_keep_their_direction(dtype, scales):
+    whole = vectors().to(dtype)
+    plain = VectorStore(6, dtype)
+    plain.add(range(40), whole)
+    for scale in scales:
+        store, tolerance = VectorStore(6, dtype), 1e-4 if scale == 1e-40 else 1e-6
+        store.add(range(40), whole * scale)
+        torch.testing.assert_close(store.vectors, plain.vectors, rtol=0, atol=tolerance)
+        found = plain.search(whole[:5] * scale, 1)
+        assert found.ids.flatten().tolist() == list(range(5))
+        torch.testing.assert_close(found.scores, torch.ones(5, 1, dtype=dtype), rtol=0, atol=tolerance)
+    plain.add([99], torch.zeros(1, 6, dtype=dtype))
+    assert (plain.vectors[-1] == 0).all()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_store_whose_content_is_not_one_is_refused(tmp_path, named):
+    folder, ids = tmp_path / "store", [f"é{i}" for i in range(40)] if named else list(range(40))
+    filled(ids=ids).save(folder)
+    note, tensors = (folder / "mmbal.json"), {"vectors": filled().vectors}
+    tensors |= {} if named else {"ids": torch.arange(40)}
+    whole = note.read_text("utf-8")
+    assert len(VectorStore.load(folder)) == 40
+    bad = [tensors | {"vectors": tensors["vectors"] * f} for f in (torch.nan, 2.0)]
+    if not named:
+        bad += [tensors | {"ids": i} for i in (torch.arange(40) // 2, torch.rand(40), torch.zeros(40, 1))]
+    for change in bad:
+        save_file(change, folder / "vectors.safetensors")
+        with pytest.raises(ValueError, match="store cannot be read"):
+            VectorStore.load(folder)
+    save_file(tensors, folder / "vectors.safetensors")
+    changes = [{"fingerprint": 3}, {"dtype": [1]}, {"dim": None}]
+    changes += [{"ids": i} for i in (ids[:1] * 40, "x" * 40, [[]] * 40, list(range(40)), 7)]
+    for text in [json.dumps(json.loads(whole) | change) for change in changes] + ["[" * 100000, "[1]", "3"]:
+        note.write_text(text)
+        with pytest.raises(ValueError, match="store cannot be read"):
+            VectorStore.load(folder)
+
+
+def test_a_store_that_is_never_compared_with_weights_warns_once(tmp_path, recwarn):
+    filled(fingerprint="abc").save(tmp_path / "store")
+    VectorStore.load(tmp_path / "store", "abc").search(vectors(1), 1)
+    filled().search(vectors(1), 1)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="pass the fingerprint of the weights in use"):
+        store = VectorStore.load(tmp_path / "store")
+    with pytest.warns(UserWarning, match="pass the fingerprint of the weights in use"):
+        (fresh := filled(fingerprint="abc")).search(vectors(1), 1)
+    recwarn.clear()
+    store.search(vectors(1), 1)
+    fresh.search(vectors(1), 1)
+    assert not recwarn
+
+
+def test_a_fingerprint_is_that_of_the_bare_module():
+    class Counted(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    module = torch.nn.Sequential(Counted(3, 4), torch.nn.Linear(4, 4))
+    mark = fingerprint_of(module)
+    assert fingerprint_of(torch.compile(module)) == mark
+    assert fingerprint_of(torch.nn.DataParallel(module)) == mark
+    module[1] = torch.compile(module[1])
+    assert fingerprint_of(module) == mark
+    with torch.no_grad():
+        module[0].bias[0] += 1
+    assert fingerprint_of(module) != mark

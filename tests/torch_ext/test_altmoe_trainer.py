@@ -242,6 +242,65 @@ def test_the_score_may_mix_in_predicted_features():
     assert trainer.evaluate(batch, ks=(1,), directions=[AB], mix=0.3) == {AB: {1: pytest.approx(expected)}}
 
 
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_an_evaluation_takes_the_features_that_training_does(amp):
+    connector, batch = small(), {name: x.to(amp) for name, x in data(40).items()}
+    trainer = AlternatingTrainer(connector, sgd(connector), amp=amp)
+    trainer.step(batch)
+    found = trainer.evaluate(batch, ks=(1, 40), mix=0.5)
+    assert all(r[40] == 1 and 0 <= r[1] < 1 for r in found.values())
+
+
+def test_usage_does_not_count_what_is_evaluated_while_training():
+    connector, batch = small(), data()
+    trainer = AlternatingTrainer(connector, sgd(connector))
+    trainer.step(batch)
+    counted = connector.usage(AB)
+    trainer.evaluate(batch)
+    assert torch.equal(connector.usage(AB), counted) and connector.usage(BA).sum() == 0
+    connector.eval()
+    trainer.evaluate(batch)
+    assert torch.equal(connector.usage(BA).sum(1), torch.tensor([24, 24]))
+
+
+def test_recalls_of_vectors_that_are_not_finite_are_nan():
+    x = torch.randn(5, 3)
+    bad = torch.where(torch.arange(5)[:, None] == 2, torch.nan, x)
+    for query, bank in ((x, bad), (bad, x), (x / 0, x)):
+        found = recalls(query, bank, (1, 3))
+        assert list(found) == [1, 3] and all(value != value for value in found.values())
+
+
+def test_a_modality_that_is_added_is_trained_once_the_schedule_has_its_directions():
+    connector = small()
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=0.01)
+    trainer = AlternatingTrainer(connector, optimizer, state="per_direction")
+    batch = data() | {"c": torch.randn(12, 3)}
+    assert {trainer.step(batch).direction for _ in range(4)} == {AB, BA}
+    optimizer.add_param_group({"params": connector.add_modality("c", 3, [("c", "a"), ("b", "c")])})
+    assert {trainer.step(batch).direction for _ in range(4)} == {AB, BA}
+    trainer.set_schedule()
+    assert [trainer.step(batch).direction for _ in range(4)] == [AB, BA, ("c", "a"), ("b", "c")]
+    states = trainer.state_dict()["alternation"]["moments"]
+    steps = [max(int(own["step"]) for own in state.values()) for state in states]
+    assert steps == [5, 5, 1, 1] and set(trainer.evaluate(batch)) == set(connector.directions)
+
+
+def test_the_loop_of_epochs_goes_on_where_windows_do_not_fill_them(tmp_path):
+    connector, z = small(), torch.randn(30, 5)
+    sampler = mmbal.ResumableBatchSampler(30, 10)
+    trainer = AlternatingTrainer(connector, sgd(connector), sampler=sampler, accumulate=2)
+    for epoch in range(2):
+        for rows in sampler:
+            info = trainer.step({"a": z[rows], "b": torch.cat([z, z[:, :2]], 1)[rows]})
+        assert trainer.window_open and not info.stepped
+        with pytest.raises(RuntimeError, match="call flush"):
+            trainer.save(tmp_path / "checkpoint.pt")
+        assert trainer.flush().stepped and not trainer.window_open and trainer.flush() is None
+        trainer.save(tmp_path / "checkpoint.pt")
+        assert sampler.epoch == epoch + 1
+
+
 def test_two_linear_views_of_a_latent_find_each_other():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(700, 12, generator=generator)
@@ -298,3 +357,13 @@ def test_wrong_arguments_are_named():
         trainer.step(data(), torch.arange(3))
     with pytest.raises(ValueError, match="mix must be from 0 to 1, got 2"):
         trainer.evaluate(data(), mix=2)
+    with pytest.raises(ValueError, match=r"directions must be of the connector, got \[\('a', 'z'\)\]"):
+        trainer.evaluate(data(), directions=[AB, ("a", "z")])
+    for ks in ((0,), (), (1.5,)):
+        with pytest.raises(ValueError, match="ks must be integers of at least 1"):
+            trainer.evaluate(data(), ks)
+    with pytest.warns(UserWarning, match="optimizer lacks trainable parameters of encoder 'a'"):
+        AlternatingTrainer(connector, sgd(connector), encoders={"a": nn.Linear(5, 5)})
+    with pytest.raises(ValueError, match=r"schedule must have directions of the connector, got \[\('a', 'c'\)\]"):
+        trainer.set_schedule(DirectionSchedule.cycle([("a", "c")]))
+    assert trainer.steps == trainer.schedule.count == 0

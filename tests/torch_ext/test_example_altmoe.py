@@ -56,6 +56,7 @@ def test_it_shows_which_experts_each_direction_uses_and_finds_stored_vectors(pri
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(printed):
-    whole, parts = (re.sub(r"^(goes on|before).*\n", "", text, flags=re.M) for text in printed[:2])
-    assert "goes on from step 90" in printed[1]
+    whole, parts = (re.sub(r"^(goes on|before|now).*\n", "", text, flags=re.M) for text in printed[:2])
+    assert "goes on from step 90" in printed[1] and "before" not in printed[1]
+    assert min(recalls(printed[1], "now")) > max(recalls(printed[0], "before")) / 2
     assert whole == parts

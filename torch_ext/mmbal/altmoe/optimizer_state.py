@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmbal.altmoe.state import require
 from mmbal.moe import Experts
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # those of a parameter's shape
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -35,7 +38,8 @@ class MomentsByTask:
         for p, own in kept.items():
             if any(isinstance(v, Tensor) and v.dim() and v.shape != p.shape for v in own.values()):
                 raise RuntimeError(
-                    "MomentsByTask: a parameter has grown since its moments were kept: make a new trainer"
+                    "MomentsByTask: a parameter has grown since its moments were kept: make a new trainer, which "
+                    "begins without moments"
                 )
         state.clear()
         state.update(kept)
@@ -50,6 +54,13 @@ class MomentsByTask:
         numbers = {p: i for i, p in enumerate(parameters_of(self.optimizer))}
         return [{numbers[p]: dict(own) for p, own in self._kept.get(task, {}).items()} for task in tasks]
 
+    def check_state(self, tasks: list, states: list[dict]) -> None:
+        if not isinstance(states, list) or len(states) != len(tasks):
+            raise ValueError(f"load_state_dict: moments must be a list of those of {len(tasks)} tasks")
+        groups = self.optimizer.state_dict()["param_groups"]
+        for state in states:
+            check_optimizer_state("moments", self.optimizer, {"state": state, "param_groups": groups})
+
     def load_state_dict(self, tasks: list, states: list[dict]) -> None:
         groups = self.optimizer.state_dict()["param_groups"]
         self._kept = {}
@@ -59,12 +70,35 @@ class MomentsByTask:
         self.optimizer.state.clear()
 
 
+def check_optimizer_state(what: str, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Whether the optimizer can load it: groups, and moments of the shapes of its parameters."""
+    require(f"load_state_dict: {what}", state, ("state", "param_groups"))
+    sizes, own = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if sizes != own:
+        raise ValueError(f"load_state_dict: {what} must have groups of {own} parameters, got {sizes}")
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = dict(zip(numbers, parameters_of(optimizer), strict=True))
+    if not isinstance(state["state"], Mapping) or set(state["state"]) - set(parameters):
+        raise ValueError(f"load_state_dict: {what} must have a state of these {len(parameters)} parameters alone")
+    for number, moments in state["state"].items():
+        shape = parameters[number].shape
+        for name, value in moments.items():
+            if name in MOMENTS and isinstance(value, Tensor) and value.shape != shape:
+                got = list(value.shape)
+                raise ValueError(
+                    f"load_state_dict: {what} must have {name} {list(shape)} of parameter {number}, got {got}"
+                )
+
+
 @contextmanager
 def idle_experts_untouched(every: Iterable[Experts], optimizer: torch.optim.Optimizer):
     """Around ``optimizer.step()``: experts without a row in this step keep weights and moments bit for bit. Their
     gradient is zero, not None, as they share tensors with the others; stale momentum and decay would move them.
 
-    An expert is idle if the gradients of its biases (of its weights, where biases have none) are all zero.
+    An expert is idle if the gradients of its biases (of its weights, where biases have none) are all zero. Counts of
+    steps go on for all. Optimizers must have moments of the shape of a parameter.
     """
     trained = set(parameters_of(optimizer))
     saved = []

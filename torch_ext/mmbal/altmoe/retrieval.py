@@ -22,14 +22,21 @@ def positives_of(group_ids: Tensor) -> tuple[Tensor, Tensor]:
     return order[starts[group].repeat_interleave(counts) + within], offsets
 
 
+def check_ks(ks: Sequence[int]) -> None:
+    if not ks or not all(isinstance(k, int) and k >= 1 for k in ks):
+        raise ValueError(f"recalls: ks must be integers of at least 1, got {ks!r}")
+
+
 @torch.no_grad()
 def recalls(query: Tensor, bank: Tensor, ks: Sequence[int] = (1, 5, 10), group_ids: Tensor | None = None) -> dict:
     """{k: share of the queries [n, D] with a right row of the bank [n, D] among the k of largest cosine}.
 
-    Row i of the bank is right for query i, and so are rows with its group id. A k beyond n is taken as n.
+    Row i of the bank is right for query i, and so are rows with its group id. A k beyond n is taken as n. NaN without
+    rows, and where a vector is not finite: an order of NaN would give the recalls of chance.
     """
+    check_ks(ks)
     n = query.shape[0]
-    if n == 0:
+    if n == 0 or not (query.isfinite().all() and bank.isfinite().all()):
         return dict.fromkeys(ks, float("nan"))
     ids = torch.arange(n, device=query.device) if group_ids is None else group_ids
     ranks = [min(k, n) for k in ks]

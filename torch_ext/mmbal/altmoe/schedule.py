@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmbal.altmoe.gather import every
+from mmbal.altmoe.state import require
 from mmbal.methods.rows import choose, ranks
 
 
@@ -31,6 +32,8 @@ class DirectionSchedule:
             raise ValueError(f"DirectionSchedule: directions must be different, at least one, got {directions!r}")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"DirectionSchedule: steps must be an integer of at least 1, got {steps!r}")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"DirectionSchedule: seed must be an integer of at least 0, got {seed!r}")
         self.steps, self.seed, self.broadcast = steps, seed, broadcast
         self.count = 0  # steps that were given
         self._p = None if kind == "cycle" else self._normalised(probabilities)
@@ -66,13 +69,16 @@ class DirectionSchedule:
         recalls : those known at the start, from 0 to 1. base : probabilities before the first update; all the same
         unless given. lo, hi : bounds of a probability. step : how much of the way to new ones an update goes.
         """
-        schedule = cls("adaptive", directions, base or [1.0] * len(directions), steps, seed, broadcast)
+        base = [1.0] * len(directions) if base is None else base
+        schedule = cls("adaptive", directions, base, steps, seed, broadcast)
         T = len(schedule.directions)
         if not 0 <= lo <= 1 / T <= hi <= 1:
             raise ValueError(f"DirectionSchedule: lo <= 1 / {T} <= hi must hold, both in [0, 1], got {lo} and {hi}")
         if not 0 < step <= 1:
             raise ValueError(f"DirectionSchedule: step must be in (0, 1], got {step}")
         schedule.lo, schedule.hi, schedule.step = lo, hi, step
+        if schedule._p.min() < lo or schedule._p.max() > hi:
+            schedule._p = _within(schedule._p, lo, hi)
         if recalls is not None:
             schedule.update(recalls)
         return schedule
@@ -92,14 +98,20 @@ class DirectionSchedule:
         T = len(self.directions)
         return dict(zip(self.directions, [1 / T] * T if self._p is None else self._p.tolist(), strict=True))
 
-    def update(self, recalls: Mapping[Any, float]) -> None:
+    def update(self, recalls: Mapping[Any, float | Mapping[int, float]], k: int | None = None) -> None:
         """After an evaluation: probabilities move towards ones in proportion to 1 - recall, within lo and hi.
+
+        recalls : for each direction a number from 0 to 1, or {k: recall} as :meth:`mmbal.AlternatingTrainer.evaluate`
+        gives; ``k`` says which of them, the smallest unless given.
 
         The authors adapt probabilities to recalls too, by a rule that they do not publish; this one is mmbal's. Every
         rank must pass the same recalls."""
         if self.kind != "adaptive":
             raise ValueError(f"DirectionSchedule: update is for adaptive schedules, this one is a {self.kind}")
-        missing = [1 - float(recalls[d]) for d in self.directions]
+        if lacking := [d for d in self.directions if d not in recalls]:
+            raise ValueError(f"DirectionSchedule: recalls must have every direction, got none of {lacking}")
+        found = [recalls[d] for d in self.directions]
+        missing = [1 - float(r[min(r) if k is None else k] if isinstance(r, Mapping) else r) for r in found]
         if not all(0 <= m <= 1 for m in missing):
             raise ValueError(f"DirectionSchedule: recalls must be from 0 to 1, got {dict(recalls)!r}")
         fresh = self._normalised(missing) if sum(missing) > 0 else np.full(len(missing), 1 / len(missing))
@@ -134,21 +146,44 @@ class DirectionSchedule:
         while True:
             yield self.next()
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Steps that were given, and the number of the direction in use."""
+        return self.count, self._drawn
+
+    @position.setter
+    def position(self, position: tuple[int, int]) -> None:
+        self.count, self._drawn = position
+
     def state_dict(self) -> dict:
         p = None if self._p is None else self._p.tolist()
+        own = {name: getattr(self, name) for name in ("lo", "hi", "step") if self.kind == "adaptive"}
         return {"kind": self.kind, "count": self.count, "seed": self.seed, "drawn": self._drawn, "probabilities": p} | {
             "directions": [repr(d) for d in self.directions],
             "steps": self.steps,
+            **own,
         }
 
+    def check_state(self, state: Mapping) -> None:
+        """What :meth:`load_state_dict` refuses; changes nothing."""
+        mine = self.state_dict()
+        require("DirectionSchedule", state, mine)
+        for name in ("kind", "directions", "steps", "lo", "hi", "step"):
+            if name in mine and state[name] != mine[name]:
+                raise ValueError(
+                    f"DirectionSchedule: {name} must be {mine[name]} as in this schedule, got {state[name]}"
+                )
+        T, p = len(self.directions), state["probabilities"]
+        for name, end in (("count", None), ("seed", None), ("drawn", T)):
+            value = state[name]
+            if not isinstance(value, int) or value < 0 or (end is not None and value >= end):
+                raise ValueError(f"DirectionSchedule: {name} of a state must be a number in range, got {value!r}")
+        if (p is None) != (self._p is None) or (p is not None and abs(self._normalised(p) - p).max() > 1e-6):
+            raise ValueError(f"DirectionSchedule: probabilities of a state must be {T} whose sum is 1, got {p!r}")
+
     def load_state_dict(self, state: Mapping) -> None:
-        for name, own in (
-            ("kind", self.kind),
-            ("directions", [repr(d) for d in self.directions]),
-            ("steps", self.steps),
-        ):
-            if state[name] != own:
-                raise ValueError(f"DirectionSchedule: {name} must be {own} as in this schedule, got {state[name]}")
+        """Position, probabilities and seed of the state; its form must be this one's."""
+        self.check_state(state)
         self.count, self.seed, self._drawn = state["count"], state["seed"], state["drawn"]
         self._p = None if state["probabilities"] is None else np.array(state["probabilities"], dtype=np.float64)
 

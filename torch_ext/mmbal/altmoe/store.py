@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmbal._library import ops
+from mmbal.altmoe.state import bare, plain_names
 from mmbal.checkpoint import atomic_folder
 from mmbal.methods.rows import choose
 
@@ -32,11 +34,13 @@ class SearchResult(NamedTuple):
 
 
 def fingerprint_of(*modules: nn.Module | None) -> str:
-    """Changes with any bit of the modules' weights and buffers, and with their names; 16 hexadecimal digits."""
+    """Changes with any bit of the modules' weights and buffers, and with their names; 16 hexadecimal digits. The same
+    where torch.compile or data parallelism wraps a module; what ``get_extra_state`` gives is not in it."""
     digest = hashlib.sha256()
     for module in modules:
         digest.update(b"\0")
-        for name, value in sorted(module.state_dict().items() if module is not None else ()):
+        tensors = plain_names(bare(module).state_dict()) if module is not None else {}
+        for name, value in sorted((n, v) for n, v in tensors.items() if isinstance(v, Tensor)):
             digest.update(f"{name} {value.dtype} {list(value.shape)}\0".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -48,14 +52,15 @@ class VectorStore:
         store = mmbal.VectorStore(connector.cl_dim, fingerprint=connector.fingerprint("text", text_encoder))
         store.add(ids, connector.target(tokens, "text").cl)
         store.save("captions")
-        store = mmbal.VectorStore.load("captions", connector.fingerprint("text", text_encoder))
+        store = mmbal.VectorStore.load("captions", connector.fingerprint("text", text_encoder))  # checks it
         scores, ids = store.search(connector(image, "image", "text").cl, k=10)
 
     Parameters
     ----------
     dim : width of the vectors.
     dtype : in which they are kept. Of float16 and bfloat16 scores are summed in float32 all the same.
-    fingerprint : of the weights that the vectors come from, :meth:`mmbal.MoEConnector.fingerprint`.
+    fingerprint : of the weights that the vectors come from, :meth:`mmbal.MoEConnector.fingerprint`. A store that has
+        one and is loaded or searched without ever being compared with one warns, once.
     """
 
     def __init__(self, dim: int, dtype: torch.dtype = torch.float32, fingerprint: str = ""):
@@ -65,6 +70,8 @@ class VectorStore:
         self.dim, self.dtype, self.fingerprint = dim, dtype, fingerprint
         self._parts: list[Tensor] = []
         self._ids: dict[int | str, None] = {}
+        self._listed: Tensor | list[str] | None = None  # the ids in order, as a search takes them
+        self._checked = not fingerprint
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -83,6 +90,7 @@ class VectorStore:
     def check(self, fingerprint: str, mismatch: str = "refuse") -> None:
         """Whether vectors here come from the weights with this fingerprint; if not, an error, or a warning ("warn")."""
         choose("VectorStore", "mismatch", mismatch, ("refuse", "warn"))
+        self._checked = True
         if fingerprint == self.fingerprint:
             return
         text = (
@@ -93,44 +101,51 @@ class VectorStore:
             raise ValueError(text)
         warnings.warn(text, stacklevel=3)
 
+    def _warn_unchecked(self) -> None:
+        if not self._checked:
+            self._checked = True
+            text = "VectorStore: pass the fingerprint of the weights in use: these vectors may come from others"
+            warnings.warn(text, stacklevel=3)
+
     @torch.no_grad()
     def add(self, ids: Sequence[int | str] | Tensor, vectors: Tensor, fingerprint: str | None = None) -> None:
-        """ids: integers or strings that are not there yet, one for each of vectors [n, dim], which get the length 1. A
-        fingerprint is checked against that of the store."""
+        """ids: int64 numbers or strings that are not there yet, one for each of vectors [n, dim], which get the length
+        1. A fingerprint is checked against that of the store."""
         if fingerprint is not None:
             self.check(fingerprint)
-        ids = ids.tolist() if isinstance(ids, Tensor) else [i if isinstance(i, str) else int(i) for i in ids]
+        ids = _as_ids(ids.tolist() if isinstance(ids, Tensor) else ids)
         if vectors.dim() != 2 or vectors.shape != (len(ids), self.dim):
             raise ValueError(f"VectorStore: vectors must be {[len(ids), self.dim]}, got {list(vectors.shape)}")
-        kinds = {type(i) for i in (*ids, *list(self._ids)[:1])}
-        if len(kinds) > 1:
+        if ids and self._ids and type(ids[0]) is not type(next(iter(self._ids))):
             raise ValueError("VectorStore: ids must be all integers or all strings")
-        if len(set(ids)) < len(ids):
-            raise ValueError("VectorStore: ids must be different, got some twice")
         if known := [i for i in ids if i in self._ids]:
             raise ValueError(f"VectorStore: ids must be new, got {known[:5]}")
         real = vectors if vectors.dtype == torch.float64 else vectors.float()
         if not real.isfinite().all():
             raise ValueError("VectorStore: vectors must be finite")
+        self._parts.append(unit(real).to(self.dtype))
         self._ids.update(dict.fromkeys(ids))
-        self._parts.append(F.normalize(real, dim=1).to(self.dtype))
+        self._listed = None
 
     @torch.no_grad()
     def search(self, query: Tensor, k: int = 10, fingerprint: str | None = None) -> SearchResult:
         """The k entries with the largest cosine to each of query [Q, dim]; ties: what was added first."""
         if fingerprint is not None:
             self.check(fingerprint)
+        self._warn_unchecked()
         if query.dim() != 2 or query.shape[1] != self.dim:
             raise ValueError(f"VectorStore: query must be [Q, {self.dim}], got {list(query.shape)}")
         if not 1 <= k <= len(self):
             raise ValueError(f"VectorStore: k must be from 1 to the number of entries {len(self)}, got {k}")
         bank = self.vectors
         real = torch.float64 if self.dtype == torch.float64 else torch.float32
-        scores, rows = ops.topk_search(F.normalize(query.to(real), dim=1), bank, k)
-        ids = self.ids
-        if isinstance(ids[0], str):
-            return SearchResult(scores, [[ids[i] for i in row] for row in rows.tolist()])
-        return SearchResult(scores, torch.tensor(ids, device=rows.device)[rows])
+        scores, rows = ops.topk_search(unit(query.to(real)), bank, k)
+        if self._listed is None:
+            ids = self.ids
+            self._listed = ids if isinstance(ids[0], str) else torch.tensor(ids, device=rows.device)
+        if isinstance(self._listed, list):
+            return SearchResult(scores, [[self._listed[i] for i in row] for row in rows.tolist()])
+        return SearchResult(scores, self._listed[rows])
 
     def save(self, folder: str | os.PathLike) -> None:
         """vectors.safetensors and mmbal.json; the folder takes its name when it is complete."""
@@ -158,11 +173,18 @@ class VectorStore:
         folder = Path(folder)
         try:
             description = json.loads((folder / "mmbal.json").read_text("utf-8"))
+            if not isinstance(description, dict) or not isinstance(description["fingerprint"], str):
+                raise ValueError("mmbal.json must be of a store")
             if (description["kind"], description["format_version"]) != ("VectorStore", FORMAT_VERSION):
                 raise ValueError(f"kind and format_version must be VectorStore and {FORMAT_VERSION}")
             tensors = load_file(folder / "vectors.safetensors")
             store = cls(description["dim"], DTYPES[description["dtype"]], description["fingerprint"])
-            ids = description["ids"] if "ids" in description else tensors["ids"].tolist()
+            named = "ids" in description
+            ids = description["ids"] if named else tensors["ids"].tolist()
+            if not isinstance(ids, list) or not isinstance(
+                _as_ids(ids)[0] if ids else "", str if named else (int, str)
+            ):
+                raise ValueError("ids must be a list of strings in mmbal.json, or int64 numbers in vectors.safetensors")
             vectors = tensors["vectors"]
             if (
                 vectors.shape != (description["count"], store.dim)
@@ -170,9 +192,43 @@ class VectorStore:
                 or len(ids) != len(vectors)
             ):
                 raise ValueError("vectors and ids are not those that mmbal.json describes")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            lengths = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
+            off = ((lengths - 1).abs() > torch.finfo(store.dtype).eps ** 0.5) & (lengths != 0)
+            if not lengths.isfinite().all() or off.any():
+                raise ValueError("vectors must have the length 1")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"VectorStore.load: {folder} cannot be read: {error!r}") from None
         if fingerprint is not None:
             store.check(fingerprint, mismatch)
+        store._warn_unchecked()
         store._ids, store._parts = dict.fromkeys(ids), [vectors]
         return store
+
+
+def _as_ids(given: Iterable) -> list[int] | list[str]:
+    """Different int64 numbers or strings, all of one kind, as Python's."""
+    ids = [str(i) if isinstance(i, str) else int(i) if _is_integer(i) else i for i in given]
+    if wrong := [i for i in ids if not isinstance(i, str) and not (_is_integer(i) and -(2**63) <= i < 2**63)]:
+        raise ValueError(f"VectorStore: ids must be int64 numbers or strings, got {wrong[0]!r}")
+    if len({type(i) for i in ids}) > 1:
+        raise ValueError("VectorStore: ids must be all integers or all strings")
+    if len(set(ids)) < len(ids):
+        raise ValueError("VectorStore: ids must be different, got some twice")
+    return ids
+
+
+def _is_integer(value) -> bool:
+    return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows with the length 1; zero stays zero. The square of a row's length may be beyond the range of the dtype: the
+    row is brought near 1 before, by a power of two, which changes no other bit."""
+    if x.shape[0] == 0:
+        return x
+    largest = x.abs().amax(1, keepdim=True)
+    exponent = torch.frexp(largest).exponent.where(largest.isfinite(), 0)
+    first = exponent.div(2, rounding_mode="floor")  # two factors, as 2^-exponent of the smallest is beyond the range
+    for part in (first, exponent - first):
+        x = x * torch.exp2(-part.to(x.dtype))
+    return F.normalize(x, dim=1)

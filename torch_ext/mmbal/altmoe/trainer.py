@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from mmbal.altmoe.alternation import Alternation, StepInfo
 from mmbal.altmoe.gather import rank_of
 from mmbal.altmoe.loss import AlignLoss
-from mmbal.altmoe.parts import Direction, as_sources
-from mmbal.altmoe.random_state import random_state, set_random_state
-from mmbal.altmoe.retrieval import recalls
+from mmbal.altmoe.optimizer_state import parameters_of
+from mmbal.altmoe.parts import Direction, Head, as_sources
+from mmbal.altmoe.random_state import check_random_state, random_state, set_random_state
+from mmbal.altmoe.retrieval import check_ks, recalls
 from mmbal.altmoe.sampler import ResumableBatchSampler
 from mmbal.altmoe.schedule import DirectionSchedule
+from mmbal.altmoe.state import bare, fitted, plain_names, require
 from mmbal.checkpoint import replace_file
 from mmbal.methods.rows import ranks
 from mmbal.moe import router_losses
@@ -36,8 +39,11 @@ class AlternatingTrainer:
         trainer = mmbal.AlternatingTrainer(connector, optimizer, schedule, sampler=sampler)
         for batch in loader:  # {"image": [B, T, 1024], "text": (tokens [B, T, 4096], mask [B, T])}
             info = trainer.step(batch)
+        trainer.flush()  # where accumulate > 1 may leave batches over
         print(trainer.evaluate(validation))
         trainer.save("checkpoint.pt")
+
+    After ``connector.add_modality`` call :meth:`set_schedule`: until then the directions are the old ones.
 
     Parameters
     ----------
@@ -48,14 +54,16 @@ class AlternatingTrainer:
     weights : factor of the loss, a number or a dict by direction.
     encoders : for some modalities a module that turns what a batch has of it into features [B, T, d] or [B, d].
     clip : largest norm of the gradient, None: no limit.
-    state : "shared" or "per_direction" moments of the optimizer.
-    amp : torch.bfloat16 or torch.float16 (with a GradScaler) for autocast.
+    state : "shared" or "per_direction" moments of the optimizer. The latter do not survive ``connector.add_experts``: a
+        new trainer is needed then, and begins without.
+    amp : torch.bfloat16 or torch.float16 (with a GradScaler) for autocast, in evaluations too.
     group : of ranks that train one connector; gradients are averaged over them here.
-    accumulate : batches of one direction for each step of the optimizer.
+    accumulate : batches of one direction for each step of the optimizer, see :meth:`flush`.
     detach_target : no gradient flows into target features, and target encoders run without one. False is published.
     load_balance : coefficient of the gate's load-balance loss, averaged over the branches (0 is published).
     idle_experts : "keep" or "move" experts without a row in a step, see :func:`mmbal.alternate`.
-    lr_scheduler : stepped with the optimizer.
+    lr_scheduler : stepped with the optimizer, where that steps.
+    skip_nonfinite : leaves out a step whose gradient is not finite; without, NaN goes into all weights it touches.
     sampler : a :class:`mmbal.ResumableBatchSampler` whose position moves with each step and is saved.
     """
 
@@ -78,18 +86,23 @@ class AlternatingTrainer:
         idle_experts: str = "keep",
         lr_scheduler=None,
         sampler: ResumableBatchSampler | None = None,
+        skip_nonfinite: bool = False,
     ):
         self.connector, self.loss = connector, loss if loss is not None else AlignLoss()
         self.encoders = dict(encoders or {})
         self.detach_target, self.load_balance, self.group, self.sampler = detach_target, load_balance, group, sampler
         schedule = schedule or DirectionSchedule.cycle(connector.directions)
-        if unknown := [d for d in schedule.directions if d not in connector.directions]:
-            raise ValueError(f"AlternatingTrainer: schedule must have directions of the connector, got {unknown}")
-        if isinstance(weights, Mapping) and (missing := [d for d in schedule.directions if d not in weights]):
-            raise ValueError(f"AlternatingTrainer: weights must have every direction, got none of {missing}")
         self.weights = weights
+        trained = {id(p) for p in parameters_of(optimizer)}
+        for name, encoder in self.encoders.items():
+            if any(p.requires_grad and id(p) not in trained for p in encoder.parameters()):
+                warnings.warn(
+                    f"AlternatingTrainer: optimizer lacks trainable parameters of encoder {name!r}: they get gradients "
+                    "and stay as they are; give them to it, or encoder.requires_grad_(False)",
+                    stacklevel=2,
+                )
         self._alternation = Alternation(
-            {direction: partial(self._loss, direction) for direction in schedule.directions},
+            self._tasks(schedule),
             optimizer,
             schedule,
             accumulate=accumulate,
@@ -100,8 +113,25 @@ class AlternatingTrainer:
             models=[connector, *self.encoders.values()],
             lr_scheduler=lr_scheduler,
             group=group,
+            skip_nonfinite=skip_nonfinite,
             rows_of=self._rows_of,
         )
+
+    def _tasks(self, schedule: DirectionSchedule) -> dict[Direction, Callable]:
+        if unknown := [d for d in schedule.directions if d not in self.connector.directions]:
+            raise ValueError(f"AlternatingTrainer: schedule must have directions of the connector, got {unknown}")
+        if isinstance(self.weights, Mapping) and (lacking := [d for d in schedule.directions if d not in self.weights]):
+            raise ValueError(f"AlternatingTrainer: weights must have every direction, got none of {lacking}")
+        return {direction: partial(self._loss, direction) for direction in schedule.directions}
+
+    def set_schedule(self, schedule: DirectionSchedule | None = None) -> None:
+        """Goes on with another schedule, or each direction of the connector in turn: after ``add_modality``, whose
+        parameters the optimizer must be given too. Moments and counts of steps stay."""
+        if self.window_open:
+            raise RuntimeError("set_schedule: a window of batches is open: call flush() before")
+        schedule = schedule or DirectionSchedule.cycle(self.connector.directions)
+        self._alternation.tasks = self._tasks(schedule)
+        self._alternation.schedule = schedule
 
     @property
     def schedule(self) -> DirectionSchedule:
@@ -116,6 +146,16 @@ class AlternatingTrainer:
         """Batches that were taken."""
         return self._alternation.batches
 
+    @property
+    def window_open(self) -> bool:
+        """Whether batches have been taken that the optimizer has not stepped with yet (``accumulate``)."""
+        return self._alternation.window_open
+
+    def flush(self) -> StepInfo | None:
+        """Ends an open window early, with the mean over the batches that it has; None if none is open. Needed before
+        :meth:`save` where batches are accumulated and may be left over, as at the end of an epoch."""
+        return self._alternation.flush()
+
     # --- A step ------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, group_ids: Tensor | None = None) -> StepInfo:
@@ -125,6 +165,8 @@ class AlternatingTrainer:
             the modality. Items that lack a source or the target of the direction are left out; if nothing is left on
             some rank, no rank trains (``info.loss`` is None).
         group_ids : int64 [B], items that are no negatives of each other.
+
+        A batch that raises an error counts for nothing: the next one has the same direction.
         """
         info = self._alternation((batch, group_ids))
         if self.sampler is not None:
@@ -176,14 +218,20 @@ class AlternatingTrainer:
 
         pairs : one batch or several, of paired items; all of them are the candidates. group_ids int64 [all]: items of
         one id are right for each other. score: the cosine of contrastive vectors; ``mix`` is the share of the cosine of
-        predicted and true features in it. The connector is put into evaluation mode meanwhile.
+        predicted and true features in it. NaN where no item has both, or a vector is not finite.
+
+        The connector is put into evaluation mode meanwhile. Random numbers of this process are afterwards those from
+        before, and what a connector in training mode counts as usage too.
         """
         directions = list(self.schedule.directions if directions is None else directions)
+        if unknown := [d for d in directions if d not in self.connector.directions]:
+            raise ValueError(f"evaluate: directions must be of the connector, got {unknown}")
+        check_ks(ks)
         if not 0 <= mix <= 1:
             raise ValueError(f"evaluate: mix must be from 0 to 1, got {mix}")
         found = {direction: ([], [], []) for direction in directions}
         first = 0
-        with _evaluating(self.connector, *self.encoders.values()):
+        with _evaluating(self.connector, *self.encoders.values()), self._alternation.autocast():
             for batch in [pairs] if isinstance(pairs, Mapping) else pairs:
                 B = len(_parts(next(iter(batch.values())))[0])
                 ids = torch.arange(first, first + B) if group_ids is None else group_ids[first : first + B]
@@ -208,22 +256,42 @@ class AlternatingTrainer:
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """All that the next step depends on but the data: connector, what is trained of encoders, optimizer, schedule,
-        random numbers of this process, position of the sampler."""
+        """All that the next step depends on but the data: connector and its form, what is trained of encoders,
+        optimizer, schedule, random numbers of this process, position of the sampler."""
+        connector = bare(self.connector)
         return {
             "format_version": FORMAT_VERSION,
-            "connector": self.connector.state_dict(),
-            "encoders": {name: _trained(encoder) for name, encoder in self.encoders.items()},
+            "config": connector.config() if hasattr(connector, "config") else None,
+            "connector": plain_names(connector.state_dict()),
+            "encoders": {name: plain_names(_trained(bare(encoder))) for name, encoder in self.encoders.items()},
             "alternation": self._alternation.state_dict(),
             "sampler": None if self.sampler is None else self.sampler.state_dict(),
             "random": [random_state()],
         }
 
     def load_state_dict(self, state: Mapping) -> None:
+        """A state that does not fit is refused before anything has changed."""
+        connector, encoders = self._fitted(state)
+        bare(self.connector).load_state_dict(connector)
+        for name, tensors in encoders.items():
+            bare(self.encoders[name]).load_state_dict(tensors, strict=False)
+        self._alternation.load_state_dict(state["alternation"])
+        random = state["random"]
+        again = partial(set_random_state, random[rank_of(self.group) if len(random) > 1 else 0])
+        again()
+        if self.sampler is not None:
+            self.sampler.load_state_dict(state["sampler"])
+            if self.sampler.batches % len(self.sampler):  # in an epoch, whose loader had begun before the state was
+                self.sampler.at_next_batch(again)
+
+    def _fitted(self, state: Mapping) -> tuple[dict, dict[str, dict]]:
+        """Tensors of connector and encoders, once all of the state has been checked."""
+        require("load_state_dict", state, ())
         if state.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"load_state_dict: format_version must be {FORMAT_VERSION}, got {state.get('format_version')}"
             )
+        require("load_state_dict", state, ("config", "connector", "encoders", "alternation", "sampler", "random"))
         if (state["sampler"] is None) != (self.sampler is None):
             raise ValueError("load_state_dict: the state must have a sampler if, and only if, this trainer has one")
         if set(state["encoders"]) != set(self.encoders):
@@ -232,16 +300,22 @@ class AlternatingTrainer:
             raise ValueError(
                 f"load_state_dict: the state is of {len(state['random'])} processes, these are {ranks(self.group)}"
             )
-        self.connector.load_state_dict(state["connector"])
+        for random in state["random"]:
+            check_random_state(random)
+        connector = bare(self.connector)
+        mine, given = connector.config() if hasattr(connector, "config") else {}, state["config"] or {}
+        if differ := [name for name in {**mine, **given} if mine.get(name) != given.get(name)]:
+            pairs = ", ".join(f"{name} {mine.get(name)}, got {given.get(name)}" for name in differ)
+            raise ValueError(f"load_state_dict: the connector must be as here: {pairs}")
+        tensors = fitted("load_state_dict: connector", connector, state["connector"])
+        encoders = {}
         for name, encoder in self.encoders.items():
-            result = encoder.load_state_dict(state["encoders"][name], strict=False)
-            if result.unexpected_keys or (lost := set(_trained(encoder)) - set(state["encoders"][name])):
-                raise ValueError(f"load_state_dict: encoder {name} differs in {result.unexpected_keys or sorted(lost)}")
-        self._alternation.load_state_dict(state["alternation"])
+            encoder, what = bare(encoder), f"load_state_dict: encoder {name}"
+            encoders[name] = fitted(what, encoder, state["encoders"][name], _trained(encoder))
+        self._alternation.check_state(state["alternation"])
         if self.sampler is not None:
-            self.sampler.load_state_dict(state["sampler"])
-        random = state["random"]
-        set_random_state(random[rank_of(self.group) if len(random) > 1 else 0])
+            self.sampler.check_state(state["sampler"])
+        return tensors, encoders
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes one file that takes its name when it is complete: whenever a run is killed, the last checkpoint is
@@ -255,8 +329,19 @@ class AlternatingTrainer:
             replace_file(Path(path), lambda file: torch.save(state, file))
 
     def load(self, path: str | os.PathLike) -> None:
-        """Goes on from what :meth:`save` wrote. Iterate over the loader anew afterwards: the sampler has moved."""
-        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        """Goes on from what :meth:`save` wrote, bit for bit, also from the middle of an epoch. Iterate over the loader
+        anew afterwards: the sampler has moved. Random numbers that a loader's workers draw (a transform of pictures,
+        say) begin anew with each iteration, and differ where that began in the middle of an epoch."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except Exception as error:  # what torch.load raises at a broken file is of many kinds
+            raise ValueError(f"AlternatingTrainer.load: {path} cannot be read: {error!r}") from error
+        try:
+            self.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"AlternatingTrainer.load: {path} is of another run, or none: {error}") from error
 
 
 def _parts(entry: Entry) -> tuple[Tensor, Tensor | None]:
@@ -287,15 +372,17 @@ def select(batch: Batch, names: Sequence[str], group_ids: Tensor | None):
 
 def _scored(out, mix: float) -> Tensor:
     """Vectors whose inner product is the score."""
+    reg, cl = (t.detach() if t.dtype == torch.float64 else t.detach().float() for t in (out.reg, out.cl))
     if mix == 0:
-        return out.cl.detach()
-    parts = (1 - mix) ** 0.5 * F.normalize(out.cl, dim=1), mix**0.5 * F.normalize(out.reg, dim=1)
-    return torch.cat(parts, 1).detach()
+        return cl
+    return torch.cat([(1 - mix) ** 0.5 * F.normalize(cl, dim=1), mix**0.5 * F.normalize(reg, dim=1)], 1)
 
 
 @contextmanager
 def _evaluating(*models: nn.Module):
     training = {module: module.training for model in models for module in model.modules()}
+    counts = [(head.usage, head.usage.clone()) for head in training if isinstance(head, Head) and head.training]
+    random = random_state()
     for model in models:
         model.eval()
     try:
@@ -303,6 +390,9 @@ def _evaluating(*models: nn.Module):
     finally:
         for module, mode in training.items():
             module.training = mode
+        for usage, before in counts:
+            usage.copy_(before)
+        set_random_state(random)
 
 
 def _trained(encoder: nn.Module) -> dict[str, Tensor]:

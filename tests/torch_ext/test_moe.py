@@ -258,9 +258,9 @@ def test_the_module_compiles_in_one_graph_with_gradients(backend):
         oracles.assert_near(a, b, 6e-6)
 
 
-def test_compiled_dropout_is_that_of_the_eager_module_forward_and_backward():
+def test_compiled_dropout_is_that_of_the_eager_module_forward_and_backward_in_one_graph():
     moe, x = make(dropout=0.5), torch.randn(20, 6, dtype=torch.float64)
-    compiled, results = torch.compile(moe, backend="aot_eager"), []
+    compiled, results = torch.compile(moe, backend="aot_eager", fullgraph=True), []
     for function in (moe, compiled):
         leaf = x.clone().requires_grad_()
         torch.manual_seed(1)
@@ -270,6 +270,20 @@ def test_compiled_dropout_is_that_of_the_eager_module_forward_and_backward():
         assert not torch.equal(function(leaf), function(leaf))
     for a, b in zip(*results, strict=True):
         oracles.assert_near(a, b, 1e-12)
+
+
+def test_dropout_of_the_default_backend_follows_the_seed_and_is_the_same_in_the_backward():
+    moe, x = make(dropout=0.5), torch.randn(20, 6, dtype=torch.float64)
+    compiled, step = torch.compile(moe, fullgraph=True), 1e-5 * torch.randn_like(x)
+
+    def run(x):
+        torch.manual_seed(3)
+        return compiled(x)
+
+    leaf = x.clone().requires_grad_()
+    slope = (torch.autograd.grad(run(leaf).sum(), leaf)[0] * step).sum()
+    oracles.assert_near(slope, (run(x + step) - run(x - step)).sum() / 2, 1e-6)
+    assert torch.equal(run(x), run(x)) and not torch.equal(run(x), compiled(x))
 
 
 def test_the_module_trains_with_an_ordinary_optimizer():

@@ -159,3 +159,43 @@ def test_a_direction_that_makes_no_sense_is_named(options, message):
 def test_usage_takes_a_pair():
     with pytest.raises(ValueError, match=r"usage: direction must be a pair \(source, target\), got 'a->b'"):
         make().usage("a->b")
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_compiled():
+    """Neither by tests before nor for tests after: what is compiled counts towards the limit of all."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", ["fullgraph", "capture_scalar_outputs"])
+def test_dropout_is_compiled_without_a_break_as_the_documentation_says(way, nothing_compiled):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    c, x = make(dropout=0.1), torch.randn(4, 6)
+    compiled = torch.compile(c, backend=backend, fullgraph=way == "fullgraph")
+    results = []
+    with torch._dynamo.config.patch(capture_scalar_outputs=way == "capture_scalar_outputs"):
+        for run in (c, compiled):
+            torch.manual_seed(3)
+            results.append((run(x, "a", "b").cl, run(x, "a", "b").cl))
+    assert len(graphs) == 1 and not torch.equal(*results[1])
+    for a, b in zip(*results, strict=True):
+        assert_near(b, a, 1e-6)
+
+
+def test_more_directions_than_the_limit_compile_once_it_is_raised(nothing_compiled):
+    c, x = make({name: 6 for name in "pqrs"}).eval(), torch.randn(4, 6)
+    compiled = torch.compile(c, backend="eager", fullgraph=True)  # which raises where it would not compile
+    with torch._dynamo.config.patch(recompile_limit=12):
+        for direction in c.directions:
+            assert_near(compiled(x, *direction).cl, c(x, *direction).cl, 1e-6)
+    assert len(c.directions) == 12

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,12 @@ def test_experts_differ_and_only_mlps_were_upcycled(finished):
 def test_an_interrupted_run_keeps_its_stages_and_ends_like_an_uninterrupted_one(finished, tmp_path):
     out = tmp_path / "stopped"
     process = subprocess.Popen(
-        [*COMMAND, str(out)], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*COMMAND, str(out)],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background may ignore it
     )
     deadline = time.monotonic() + 300
     while not list(out.glob("stages/*/mcl_1.json")) and process.poll() is None and time.monotonic() < deadline:

@@ -240,10 +240,7 @@ def _no_autocast(device_type):
 
 def _draw_seed() -> int:
     """A seed from torch's default generator, which checkpointing restores: a recomputed mask is the same mask."""
-    if not torch.compiler.is_compiling():
-        return int(torch.randint(2**62, ()))
-    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):  # or the graph would end at the number
-        return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, ()))
 
 
 def _is_recomputing() -> bool:

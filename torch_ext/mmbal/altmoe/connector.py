@@ -81,9 +81,10 @@ class MoEConnector(nn.Module):
     otherwise. A class that is out of range is an error on the CPU; elsewhere and under torch.compile it is not looked
     for.
 
-    ``torch.compile`` makes a graph of each direction: with more than ``torch._dynamo.config.recompile_limit`` (8) of
-    them raise that limit, or those beyond it are not compiled. The default backend draws dropout by a generator of its
-    own: it follows ``torch.manual_seed``, with other masks than without compiling.
+    ``torch.compile`` compiles each direction anew: with more than ``torch._dynamo.config.recompile_limit`` (8) of them
+    raise that limit, or those beyond it are not compiled. Training with dropout is one graph with ``fullgraph=True`` or
+    ``torch._dynamo.config.capture_scalar_outputs``; otherwise it breaks where the seed is drawn. The default backend
+    draws it by a generator of its own: it follows ``torch.manual_seed``, with other masks than without compiling.
     """
 
     def __init__(

@@ -60,7 +60,8 @@ class AlternatingTrainer:
     group : of ranks that train one connector; gradients are averaged over them here.
     accumulate : batches of one direction for each step of the optimizer, see :meth:`flush`.
     detach_target : no gradient flows into target features, and target encoders run without one. False is published.
-    load_balance : coefficient of the gate's load-balance loss, averaged over the branches (0 is published).
+    load_balance : coefficient of the gate's load-balance loss, averaged over the branches (0 is published);
+        of each process by itself, not of the joined batch.
     idle_experts : "keep" or "move" experts without a row in a step, see :func:`mmbal.alternate`.
     lr_scheduler : stepped with the optimizer, where that steps.
     skip_nonfinite : leaves out a step whose gradient is not finite; without, NaN goes into all weights it touches.

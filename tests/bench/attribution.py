@@ -101,10 +101,8 @@ def steps(seconds: float) -> Table:
         # The closed form by itself: what the others leave in the caches is not its own.
         found = against_plain(("double", "own graph", "forward", "difference"))
         found |= {} if hidden else against_plain(("closed",))
-        columns = [f"{ratio:.3f} ± {error:.3f}" if ratio else "" for ratio, error in (found.get("closed", (0, 0)),)]
-        columns += [
-            f"{found[mode][0]:.2f} ± {found[mode][1]:.2f}" for mode in ("double", "own graph", "forward", "difference")
-        ]
+        columns = ["" if hidden else "{:.3f} ± {:.3f}".format(*found["closed"])]
+        columns += ["{:.2f} ± {:.2f}".format(*found[mode]) for mode in ("double", "own graph", "forward", "difference")]
         head = f"hidden {hidden}" if hidden else "linear"
         table.add_row(name, head, str(batch), f"{1e3 * found['plain'][0]:.2f}", *columns)
     return table

@@ -304,8 +304,9 @@ class AttributionRegularizer:
 
     def _comparison_is_due(self, logits: Tensor | None, B: int) -> bool:
         """Given logits are compared with the head's in the first, second, fourth, eighth, ... call that has some."""
-        self._given += logits is not None and B > 0
-        return logits is not None and B > 0 and self._given & (self._given - 1) == 0
+        given = logits is not None and B > 0
+        self._given += given
+        return given and self._given & (self._given - 1) == 0
 
     # --- The two ways ----------------------------------------------------------------------------------------------
 

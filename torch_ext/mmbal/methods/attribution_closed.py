@@ -45,7 +45,6 @@ def regularizer(
         return (dreg_B, *ops.attribution_linear(e, weights, logits, q, dreg_B, there, classes, *options))
 
     with torch.no_grad():
-        asked = None
         if present is None:
             dreg_B, reg_B, shares, magnitudes, dweights, dbias = call(None, None)
             info = shares, magnitudes, torch.ones(B, dtype=torch.bool, device=shares.device)

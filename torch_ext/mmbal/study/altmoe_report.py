@@ -10,21 +10,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from mmbal.demo.model import replace_file
-
 from .altmoe_arms import GROWTH, KS, TITLES, mean_recall
 from .altmoe_data import DATA_SETS, DataSet
 from .comparing import (
     comparison,
-    dress,
-    gain_dot,
     gain_text,
     mean_deviation,
     mean_text,
     provenance_line,
-    reach_of,
-    verdict_handles,
 )
+from .gain_panels import plot_gain_panels, save_figure
 
 BASE = "alternating"
 COMPARED = tuple(arm for arm in TITLES if arm != BASE)
@@ -188,31 +183,16 @@ def markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _save(figure, path: Path) -> None:
-    replace_file(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-    plt.close(figure)
-
-
 def plot_gains(results: dict, path: Path) -> None:
     """A row a data set, a panel a rank, a dot an arm: its gain over the alternating mixture with the 95 % interval."""
-    figure, axes = plt.subplots(len(DATA_SETS), len(KS), figsize=(12, 6.8), layout="constrained", squeeze=False)
-    for row, data_set in zip(axes, DATA_SETS, strict=True):
+    rows = []
+    for data_set in DATA_SETS:
         arms = results["settings"][data_set.name]["arms"]
-        for axis, k in zip(row, KS, strict=True):
-            gains = {arm: arms[arm]["gains"][str(k)] for arm in COMPARED}
-            far = reach_of(list(gains.values()))
-            axis.axvline(0, color="black", linewidth=1.2)
-            for place, gain in enumerate(gains.values()):
-                gain_dot(axis, gain, place, far)
-            axis.set_xlim(-far[-1], far[1])
-            axis.set_ylim(len(COMPARED) - 0.5, -0.5)
-            axis.set_yticks(range(len(COMPARED)), [TITLES[arm] for arm in COMPARED] if axis is row[0] else [])
-            dress(axis, f"{data_set.title}\nrecall@{k}" if axis is row[0] else f"recall@{k}", "points gained")
-    count = results["seeds"]
-    bars = f"mean and 95 % interval of {count} seeds" if count > 1 else "one seed, no interval"
-    figure.suptitle(f"Against the alternating mixture (the black line), mean of all directions: {bars}", fontsize=12.5)
-    figure.legend(handles=verdict_handles(plt), loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+        titles = {k: f"{data_set.title}\nrecall@{k}" if k == KS[0] else f"recall@{k}" for k in KS}
+        rows.append({titles[k]: [arms[arm]["gains"][str(k)] for arm in COMPARED] for k in KS})
+    heading = "Against the alternating mixture (the black line), mean of all directions:"
+    names = [TITLES[arm] for arm in COMPARED]
+    plot_gain_panels(path, rows, names, "points gained", heading, results["seeds"], height=6.8)
 
 
 def plot_usage(results: dict, path: Path) -> None:
@@ -233,4 +213,4 @@ def plot_usage(results: dict, path: Path) -> None:
                 axis.axhline(edge - 0.5, color="#7d8794", linewidth=0.8)
     figure.colorbar(image, ax=axes, label="share of a direction's choices", shrink=0.6)
     figure.suptitle("Which experts each direction uses on test items, seed 0", fontsize=12.5)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -10,22 +10,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mmbal.demo.model import replace_file
-
 from .amss_data import DATA_SETS
 from .attribution_arms import CONDITIONS, DROPPED, LEAST_SHARE, STRONG_WEIGHT, TITLES, WEIGHT
 from .comparing import (
     comparison,
-    dress,
-    gain_dot,
     gain_text,
     listed,
     mean_deviation,
     mean_text,
     provenance_line,
-    reach_of,
-    verdict_handles,
 )
+from .gain_panels import plot_gain_panels, save_figure
 
 COMPARED = tuple(arm for arm in TITLES if arm != "plain")
 MODALITY_COLOURS = ("#2468b4", "#c0562f", "#3a8f5c", "#8d5fb0")
@@ -172,31 +167,20 @@ def markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _save(figure, path: Path) -> None:
-    replace_file(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-    plt.close(figure)
-
-
 def plot_gains(results: dict, path: Path) -> None:
     """A row a data set, a panel a condition, a dot an arm: its gain over plain training with the 95 % interval."""
-    figure, axes = plt.subplots(len(DATA_SETS), len(CONDITIONS), figsize=(12, 9.6), layout="constrained", squeeze=False)
-    for row, data_set in zip(axes, DATA_SETS, strict=True):
+    rows = []
+    for data_set in DATA_SETS:
         arms = results["settings"][data_set.name]["arms"]
-        for axis, (condition, title) in zip(row, CONDITIONS.items(), strict=True):
-            gains = {arm: arms[arm]["conditions"][condition]["over_plain"] for arm in COMPARED}
-            far = reach_of(list(gains.values()))
-            axis.axvline(0, color="black", linewidth=1.2)
-            for place, gain in enumerate(gains.values()):
-                gain_dot(axis, gain, place, far)
-            axis.set_xlim(-far[-1], far[1])
-            axis.set_ylim(len(COMPARED) - 0.5, -0.5)
-            axis.set_yticks(range(len(COMPARED)), [TITLES[arm] for arm in COMPARED] if axis is row[0] else [])
-            dress(axis, f"{data_set.title}\n{title}", "accuracy gained, points")
-    count = results["seeds"]
-    bars = f"mean and 95 % interval of {count} seeds" if count > 1 else "one seed, no interval"
-    figure.suptitle(f"Does asking for shares beat plain training (the black line)? {bars}", fontsize=12.5)
-    figure.legend(handles=verdict_handles(plt), loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+        rows.append(
+            {
+                f"{data_set.title}\n{title}": [arms[arm]["conditions"][condition]["over_plain"] for arm in COMPARED]
+                for condition, title in CONDITIONS.items()
+            }
+        )
+    heading = "Does asking for shares beat plain training (the black line)?"
+    names = [TITLES[arm] for arm in COMPARED]
+    plot_gain_panels(path, rows, names, "accuracy gained, points", heading, results["seeds"], height=9.6)
 
 
 def plot_shares(results: dict, path: Path) -> None:
@@ -217,4 +201,4 @@ def plot_shares(results: dict, path: Path) -> None:
         axis.tick_params(axis="y", length=0)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=9)
     figure.suptitle("Mean share of each modality in the decisions on test rows, by arm", fontsize=12.5)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,0 +1,1 @@
+"""CLIP checkpoints of OpenAI, transformers and open_clip, dense and as mixtures, read and written tensor by tensor."""

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from mmbal._library import ops
 from mmbal.altmoe.state import bare, plain_names
-from mmbal.checkpoint import atomic_folder
+from mmbal.files import atomic_folder
 from mmbal.methods.rows import choose
 
 FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def _is_store(folder: Path) -> bool:
+    return (folder / "mmbal.json").is_file()
 
 
 class SearchResult(NamedTuple):
@@ -162,7 +166,7 @@ class VectorStore:
             "count": len(self),
             "fingerprint": self.fingerprint,
         } | ({"ids": ids} if named else {})
-        with atomic_folder(folder) as partial:
+        with atomic_folder(folder, _is_store, "those of a store") as partial:
             save_file(tensors, partial / "vectors.safetensors")
             (partial / "mmbal.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", "utf-8")
 

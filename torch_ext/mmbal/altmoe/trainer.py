@@ -24,7 +24,7 @@ from mmbal.altmoe.retrieval import check_ks, recalls
 from mmbal.altmoe.sampler import ResumableBatchSampler
 from mmbal.altmoe.schedule import DirectionSchedule
 from mmbal.altmoe.state import bare, fitted, plain_names, require
-from mmbal.checkpoint import replace_file
+from mmbal.files import replace_file
 from mmbal.methods.rows import ranks
 from mmbal.moe import router_losses
 

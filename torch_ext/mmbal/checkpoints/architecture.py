@@ -25,7 +25,11 @@ class VisionTower:
 
 @dataclass(frozen=True)
 class TextTower:
-    """A causal transformer over context_length tokens, pooled at eos_token_id."""
+    """A causal transformer over context_length tokens, pooled at eos_token_id.
+
+    kept_positions: the published CLIP-MoE layout has two tables of positions; rows below kept_positions (20,
+    Long-CLIP's) are taken from the first and the others from the second. None where there is one table.
+    """
 
     width: int
     layers: int
@@ -38,6 +42,7 @@ class TextTower:
     bos_token_id: int = 49406  # of CLIP's vocabulary of 49,408, as the next two
     eos_token_id: int = 49407
     pad_token_id: int = 1
+    kept_positions: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import CLIPConfig, CLIPModel
 
-from mmbal.checkpoint import replace_file
+from mmbal.files import replace_file
 
 from .data import ASSETS, BOS, EOS, MAX_TOKENS, PAD, TILE
 

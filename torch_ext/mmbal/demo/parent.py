@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mmbal.files import replace_file
+
 from . import data
 from .evaluate import mean_recall, retrieval
-from .model import build_clip, replace_file, save_parent
+from .model import build_clip, save_parent
 from .training import Epochs, Step, adamw, optimise
 
 

@@ -14,8 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from mmbal.files import replace_file
+
 from .evaluate import RANKS, mean_recall
-from .model import replace_file
 
 TITLES = {
     "dense": "dense parent",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .model import replace_file
+from mmbal.files import replace_file
 
 Tensors = dict[str, torch.Tensor]
 

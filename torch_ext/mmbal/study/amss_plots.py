@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from mmbal.demo.model import replace_file
+from mmbal.files import replace_file
 
 from .amss_arms import FUSED, OPTIMIZERS, TITLES
 from .amss_data import DATA_SETS

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mmbal.demo.model import replace_file
+from mmbal.files import replace_file
 
 from .btw_arms import LEAKING, METHODS, TITLES
 from .comparing import (

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mmbal.demo.model import replace_file
+from mmbal.files import replace_file
 
 from .comparing import dress, gain_dot, reach_of, verdict_handles
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mmbal.demo.model import replace_file
 from mmbal.demo.report import machine, versions
 from mmbal.demo.store import fingerprint
+from mmbal.files import replace_file
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The commands of ``mmbal`` that work on files."""

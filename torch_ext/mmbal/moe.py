@@ -54,6 +54,10 @@ class MoEMLP(nn.Module):
     dropout, output_dropout : probability of dropping a hidden unit, an output of an expert, while training. The masks
         follow torch's default generator: ``torch.manual_seed`` repeats them.
     router_bias : whether the router has a bias.
+    shared_expert, shared_weight : one expert more, stored last in ``experts`` ([E + 1, ...]; the router stays [E, D]),
+        that every token takes with weight ``shared_weight`` in [0, 1); the weights of the others are multiplied by
+        1 - shared_weight. An expert that is always on is that of Nexus (arXiv 2408.15901), which adds its output; that
+        the weights sum to one is ours, so that copies of one MLP still compute what it computes.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class MoEMLP(nn.Module):
         dropout=0.0,
         output_dropout=0.0,
         router_bias=False,
+        shared_expert=False,
+        shared_weight=0.5,
         device=None,
         dtype=None,
     ):
@@ -79,31 +85,32 @@ class MoEMLP(nn.Module):
             raise ValueError(f"MoEMLP: top_k must be from 1 to num_experts = {num_experts}, got {top_k}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"MoEMLP: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        for name, value in (("dropout", dropout), ("output_dropout", output_dropout)):
+        shares = {"dropout": dropout, "output_dropout": output_dropout, "shared_weight": shared_weight}
+        for name, value in shares.items():
             if not 0 <= value < 1:
                 raise ValueError(f"MoEMLP: {name} must be in [0, 1), got {value}")
-        if top_k == 1 and normalize:
-            warnings.warn(
-                "MoEMLP: with top_k=1 and normalize=True every weight is 1 and the router learns nothing from the task;"
-                " use normalize=False",
-                stacklevel=2,
-            )
+        warn_of_constant_weights("MoEMLP", top_k, normalize)
         self.dim, self.hidden_dim, self.num_experts, self.top_k = dim, hidden_dim, num_experts, top_k
         self.activation, self.normalize = activation, normalize
         self.dropout, self.output_dropout = dropout, output_dropout
+        self.shared_expert, self.shared_weight = bool(shared_expert), shared_weight
         self.router = nn.Linear(dim, num_experts, bias=router_bias, device=device, dtype=dtype)
-        self.experts = Experts(num_experts, dim, hidden_dim, bias, device, dtype)
+        self.experts = Experts(num_experts + self.shared_expert, dim, hidden_dim, bias, device, dtype)
         self._records = None  # a list while collect_router is active
         self._packed = None  # the PackedWeights that mmbal.pack made
 
     @classmethod
-    def from_mlps(cls, mlps, top_k=2, activation="auto", dropout=None, output_dropout=None, **options):
+    def from_mlps(
+        cls, mlps, top_k=2, activation="auto", dropout=None, output_dropout=None, shared_expert=False, **options
+    ):
         """A mixture whose expert j is ``mlps[j]``: modules with two Linears of the same sizes.
 
         Activation and dropouts are taken from the first of them unless given. The router starts as ``nn.Linear`` does.
+        With ``shared_expert`` the last of ``mlps`` is the one that every token takes.
         """
-        if not mlps:
-            raise ValueError("MoEMLP.from_mlps: mlps must have at least one module, got none")
+        if len(mlps) <= bool(shared_expert):
+            least = "two modules, the last is the shared expert" if shared_expert else "one module"
+            raise ValueError(f"MoEMLP.from_mlps: mlps must have at least {least}, got {len(mlps) or 'none'}")
         parts = [describe_mlp(mlp, f"mlps[{j}]", activation) for j, mlp in enumerate(mlps)]
         first = parts[0]
         for j, part in enumerate(parts):
@@ -118,12 +125,13 @@ class MoEMLP(nn.Module):
         moe = cls(
             dim,
             hidden_dim,
-            len(mlps),
+            len(mlps) - bool(shared_expert),
             top_k,
             first.activation,
             bias,
             dropout=first.dropout if dropout is None else dropout,
             output_dropout=first.output_dropout if output_dropout is None else output_dropout,
+            shared_expert=shared_expert,
             device=weight.device,
             dtype=weight.dtype,
             **options,
@@ -146,6 +154,7 @@ class MoEMLP(nn.Module):
             f"dim={self.dim}, hidden_dim={self.hidden_dim}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"activation={self.activation!r}, normalize={self.normalize}, dropout={self.dropout}, "
             f"output_dropout={self.output_dropout}"
+            + (f", shared_expert=True, shared_weight={self.shared_weight}" if self.shared_expert else "")
         )
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -161,6 +170,9 @@ class MoEMLP(nn.Module):
         weights_NK, indices_NK = ops.moe_topk(logits_NE, self.top_k, self.normalize)
         if self._records is not None and not _is_recomputing():
             self._records.append((logits_NE, indices_NK, None if token_mask is None else token_mask.reshape(-1)))
+        if self.shared_expert:
+            weights_NK = F.pad(weights_NK * (1 - self.shared_weight), (0, 1), value=self.shared_weight)
+            indices_NK = F.pad(indices_NK, (0, 1), value=self.num_experts)
         dropouts = (self.dropout, self.output_dropout) if self.training else (0.0, 0.0)
         packed = self._packed and self._packed.panels_for(self, x_ND)
         y_ND = mix_experts(self.experts, x_ND, weights_NK, indices_NK, self.activation, *dropouts, packed=packed)
@@ -186,9 +198,10 @@ class MoEMLP(nn.Module):
         return router_logits(x_ND, self.router.weight, self.router.bias)
 
     def to_dense(self, expert: int) -> DenseMLP:
-        """A copy of one expert as an ordinary MLP with ``fc1`` and ``fc2``."""
-        if not 0 <= expert < self.num_experts:
-            raise ValueError(f"MoEMLP.to_dense: expert must be from 0 to {self.num_experts - 1}, got {expert}")
+        """A copy of one expert as an ordinary MLP with ``fc1`` and ``fc2``; the shared expert is ``num_experts``."""
+        last = self.num_experts - 1 + self.shared_expert
+        if not 0 <= expert <= last:
+            raise ValueError(f"MoEMLP.to_dense: expert must be from 0 to {last}, got {expert}")
         experts = self.experts
         dense = DenseMLP(self.dim, self.hidden_dim, self.activation, bias=experts.b1 is not None)
         dense = dense.to(experts.w1.device, experts.w1.dtype).train(self.training)
@@ -199,6 +212,16 @@ class MoEMLP(nn.Module):
                 dense.fc1.bias.copy_(experts.b1[expert])
                 dense.fc2.bias.copy_(experts.b2[expert])
         return dense
+
+
+def warn_of_constant_weights(who: str, top_k: int, normalize: bool, stacklevel: int = 3) -> None:
+    """Warns, in the name of ``who``, where a router would get no gradient from the task."""
+    if top_k == 1 and normalize:
+        warnings.warn(
+            f"{who}: with top_k=1 and normalize=True every weight is 1 and the router learns nothing from the task;"
+            " use normalize=False",
+            stacklevel=stacklevel,
+        )
 
 
 def router_logits(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -249,11 +272,11 @@ def _is_recomputing() -> bool:
 
 
 class RouterRecord(NamedTuple):
-    """What one mixture layer decided in one forward."""
+    """What the router of one mixture layer decided in one forward."""
 
     name: str  # of the layer in the model
     logits: Tensor  # [N, E]
-    indices: Tensor  # [N, K]
+    indices: Tensor  # [N, K], without the shared expert
     token_mask: Tensor | None  # [N]
     num_experts: int
     trained: bool = False  # whether the router asks for a gradient
@@ -383,7 +406,7 @@ def freeze_except_router(model: nn.Module) -> list[str]:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, MoEMLP)]
     if not layers:
         raise ValueError(f"freeze_except_router: model must have MoEMLP layers, {type(model).__name__} has none")
-    if any(layer.num_experts > 1 and bool((layer.experts.w2 == layer.experts.w2[:1]).all()) for _, layer in layers):
+    if any(_has_copies_alone(layer) for _, layer in layers):
         warnings.warn(
             "freeze_except_router: a layer's experts are all the same, so the task gives its router no gradient",
             stacklevel=2,
@@ -394,3 +417,10 @@ def freeze_except_router(model: nn.Module) -> list[str]:
         layer.router.requires_grad_(True)
         trained += [f"{name}.router.{p}" if name else f"router.{p}" for p, _ in layer.router.named_parameters()]
     return trained
+
+
+def _has_copies_alone(layer):
+    """Whether all routed experts are the same; the small tensors first, which tell most layers apart."""
+    E, experts = layer.num_experts, layer.experts
+    tensors = [t for t in (experts.b2, experts.b1, experts.w2, experts.w1) if t is not None]
+    return E > 1 and not experts.w1.is_meta and all(bool((t[1:E] == t[:1]).all()) for t in tensors)

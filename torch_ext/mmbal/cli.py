@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmbal.commands import checkpoints
+
 app = typer.Typer(
     help="Operators that turn a dense model into a mixture of experts, train it, and balance modalities.",
     no_args_is_help=True,
@@ -138,6 +140,8 @@ def demo(
     except KeyboardInterrupt:  # run_demo has said what is kept
         raise typer.Exit(130) from None
 
+
+app.registered_commands += checkpoints.app.registered_commands
 
 study = typer.Typer(help="What a method gains on real data, against what it has to beat.", no_args_is_help=True)
 app.add_typer(study, name="study")

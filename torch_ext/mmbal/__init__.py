@@ -28,7 +28,7 @@ from mmbal.altmoe.sampler import ResumableBatchSampler
 from mmbal.altmoe.schedule import DirectionSchedule
 from mmbal.altmoe.store import VectorStore
 from mmbal.altmoe.trainer import AlternatingTrainer
-from mmbal.checkpoint import load_clip_moe, save_clip_moe
+from mmbal.checkpoints import load_clip_moe, save_clip_moe
 from mmbal.methods.amss import AMSS
 from mmbal.methods.attribution import AttributionInfo, AttributionRegularizer
 from mmbal.methods.attribution_monitor import AttributionMonitor, attribution_shares

@@ -142,6 +142,11 @@ def upcycle(
         _average_shared(model, sources, {key for block in chosen for key in block.tensor_keys()})
     for block, mixture in zip(chosen, mixtures, strict=True):
         setattr(block.parent, block.attribute, mixture)
+    if type(model).__module__.startswith("transformers.models.clip."):
+        from mmbal.integrations import clip_moe
+
+        if type(model) in clip_moe._CLASSES:
+            clip_moe.as_clip_moe(model)
     return model
 
 

@@ -93,19 +93,22 @@ def _section(config, name, where):
 def said_by_transformers(config: dict, where: str) -> dict:
     """Of a ``CLIPConfig``, a ``CLIPMoEConfig``, or the configuration of one tower, as JSON."""
     kind = config.get("model_type")
-    if kind not in ("clip", "clip_moe", "clip_vision_model", "clip_text_model"):
+    lone = {f"{model}_{tower}_model": tower for model in ("clip", "clip_moe") for tower in ("vision", "text")}
+    if kind not in ("clip", "clip_moe", *lone):
         raise ValueError(f"{where}: model_type must be clip or clip_moe, got {str(kind)[:40]!r}")
-    said = {}
-    if kind != "clip_text_model":
-        section = config if kind == "clip_vision_model" else _section(config, "vision_config", where)
+    said, tower = {}, lone.get(kind)
+    if tower != "text":
+        section = config if tower else _section(config, "vision_config", where)
         said["vision"] = _of_transformers(section, {"patch_size": "patch_size", "image_size": "image_size"})
-    if kind != "clip_vision_model":
-        section = config if kind == "clip_text_model" else _section(config, "text_config", where)
+    if tower != "vision":
+        section = config if tower else _section(config, "text_config", where)
         names = {"context_length": "max_position_embeddings", "vocab_size": "vocab_size"}
         names |= {name: name for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         said["text"] = _of_transformers(section, names)
     if kind == "clip_moe":
         said["mixtures"] = _mixtures(config.get("mixtures"), where)
+    elif tower and config.get("mixture") is not None:
+        said["mixtures"] = _mixtures({tower: config["mixture"]}, where)
     return said
 
 
@@ -145,9 +148,12 @@ def to_transformers(architecture: CLIPArchitecture) -> dict:
         sections["text"] |= {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if len(sections) == 1:
         tower, section = sections.popitem()
-        name = "CLIPVisionModel" if tower == "vision" else "CLIPTextModel"
-        name += "WithProjection" if architecture.embed_dim else ""
-        return {"model_type": f"clip_{tower}_model", "architectures": [name]} | section
+        mixture = architecture.mixtures.get(tower)
+        model = (
+            f"CLIP{'MoE' if mixture else ''}{tower.title()}Model{'WithProjection' if architecture.embed_dim else ''}"
+        )
+        section |= {"mixture": mixture.to_json()} if mixture else {}
+        return {"model_type": f"clip_{'moe_' if mixture else ''}{tower}_model", "architectures": [model]} | section
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": architecture.embed_dim}
     config |= {f"{tower}_config": section for tower, section in sections.items()}
     if architecture.mixtures:

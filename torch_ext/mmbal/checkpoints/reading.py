@@ -13,7 +13,8 @@ from .architecture import CLIPArchitecture
 from .checkpoint import Checkpoint, from_file_tensors
 from .layouts import LAYOUTS
 from .recognition import HEAD_WIDTH, infer_architecture, recognise
-from .tensor_files import find_weights, open_tensors, read_json
+from .tensor_files import find_weights, open_tensors
+from .untrusted import read_json
 
 # What belongs to a folder besides weights and config; it goes along when another folder is written.
 COMPANIONS = re.compile(

@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .layouts import LAYOUTS, bindings, is_ffn
 from .reading import COMPANIONS
 from .recognition import HEAD_WIDTH, KEPT_POSITIONS
-from .tensor_files import Entry, write_safetensors, write_sharded_safetensors, write_torch
+from .tensor_writing import Entry, write_safetensors, write_sharded_safetensors, write_torch
 
 PUBLISHED_POSITIONS = 248  # of CLIP-MoE's text tower: 4 * 77 - 3 * 20
 _OF_FOLDER = ("config.json", "open_clip_config.json", "open_clip_model.safetensors", "model.safetensors.index.json")
@@ -118,8 +118,6 @@ def check_format(architecture: CLIPArchitecture, format: str) -> list[str]:
         raise ValueError(f"format must be one of {', '.join(LAYOUTS)}, got {format!r}")
     bindings(architecture, format)
     towers = {tower: architecture.tower(tower) for tower in ("vision", "text") if architecture.tower(tower)}
-    if len(towers) < 2 and architecture.mixtures:
-        raise ValueError("a mixture of one tower alone has no format that loads; the other tower must be there")
     if format == "transformers":
         return []
     if len(towers) < 2:

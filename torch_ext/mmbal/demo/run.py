@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import CLIPModel
 
-from mmbal.checkpoint import save_clip_moe
+from mmbal.checkpoints import save_clip_moe
 from mmbal.moe import collect_router
 
 from . import stages

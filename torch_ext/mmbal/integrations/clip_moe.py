@@ -45,7 +45,9 @@ class _WithMixtures:
 
     def __init__(self, config):
         if not config.mixtures:
-            raise ValueError(f"{type(self).__name__}: the configuration must have a mixture; use CLIP's classes without")
+            raise ValueError(
+                f"{type(self).__name__}: the configuration must have a mixture; use CLIP's classes without"
+            )
         mixtures = {tower: Mixture.from_json(value, tower) for tower, value in config.mixtures.items()}
         options = {tower: _layer_options(mixture) for tower, mixture in mixtures.items()}
         super().__init__(config)

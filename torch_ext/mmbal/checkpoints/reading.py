@@ -62,15 +62,28 @@ def open_checkpoint(
     config = read_json(config_file) if config_file.is_file() else None
     archive = open_tensors(weights, allow_jit=allow_jit)
     source, layout = recognise(archive, str(path))
-    layout = _layout(layout, format, archive, config, path, activation)
+    layout = _layout(layout, format, archive, config, path, "any" if like else activation)
     checkpoint = Checkpoint({}, CLIPArchitecture(None, None, None), layout, path, [], files)
     if like is not None:
-        checkpoint.architecture = replace(like, mixtures={})
+        checkpoint.architecture = _like(like, source, layout, config, str(path))
     else:
         said = _said(layout, config, str(config_file), checkpoint.notes)
         checkpoint.architecture = _architecture(source, layout, said, str(path), activation, top_k, checkpoint.notes)
     checkpoint.tensors = from_file_tensors(source, checkpoint.architecture, layout, str(path), like is not None)
     return checkpoint
+
+
+def _like(like, source, layout, config, where):
+    """The given architecture, with the activations that a configuration says."""
+    if any(".experts." in name for name in source):
+        raise ValueError(f"{where}: must be dense, it has mixtures; see mmbal extract-expert")
+    said = _said(layout, config, where, []) if config is not None else {}
+    towers = {
+        tower: replace(like.tower(tower), activation=said[tower]["activation"])
+        for tower in ("vision", "text")
+        if like.tower(tower) and "activation" in said.get(tower, {})
+    }
+    return replace(like, mixtures={}, **towers)
 
 
 def _layout(found, asked, archive, config, path, activation):

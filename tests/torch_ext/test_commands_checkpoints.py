@@ -1,0 +1,248 @@
+"""mmbal upcycle, inspect, diff, convert and extract-expert, as a user types them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from checkpoint_helpers import SMALL, assert_same, random_checkpoint, with_mixtures
+from mmbal.checkpoints import extract_expert, open_checkpoint, upcycle_checkpoint, write_checkpoint
+from mmbal.cli import app
+from test_checkpoints_upcycling import clip_of_77, siblings_of
+
+
+def run(*arguments, code=0):
+    """Output and errors of a command that must end with ``code``."""
+    result = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return re.sub(r" +", " ", result.output)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A base and two experts as transformers folders."""
+    base = random_checkpoint(SMALL)
+    sources = siblings_of(base, 2)
+    for name, checkpoint in zip(("base", "one", "two"), (base, *sources), strict=True):
+        write_checkpoint(checkpoint, tmp_path / name, "transformers")
+    return tmp_path, base, sources
+
+
+UPCYCLE = ("upcycle", "--base", "{0}/base", "--experts", "{0}/one", "{0}/two", "--top-k", "2", "--out")
+
+
+def upcycle_command(folder, out, *more, code=0):
+    return run(*(word.format(folder) for word in UPCYCLE), folder / out, *more, code=code)
+
+
+@pytest.mark.parametrize(("format", "out"), [("clipmoe", "x.pt"), ("transformers", "x"), ("open_clip", "x")])
+def test_upcycle_writes_what_the_function_gives_and_verifies_it(files, format, out):
+    folder, base, sources = files
+    said = upcycle_command(folder, out, "--format", format, "--layers", "vision=all,text=last:2", "--verify", "8")
+    assert_same(open_checkpoint(folder / out), upcycle_checkpoint(base, sources, layers="vision=all,text=last:2"))
+    assert "tensors read back bit for bit" in said and "each expert of 4 layers on 8 random rows equals its FFN" in said
+    assert "apart in what they put out" in said and "routers" in said
+
+
+def test_experts_may_be_said_one_by_one_too(files):
+    folder, base, sources = files
+    two = ("--experts", folder / "one", "--experts", folder / "two")
+    run("upcycle", "--base", folder / "base", *two, "--out", folder / "x", "--format", "transformers")
+    assert_same(open_checkpoint(folder / "x"), upcycle_checkpoint(base, sources))
+
+
+def test_copies_are_said_to_be_the_same(files):
+    folder, base, _ = files
+    said = run("upcycle", "--base", folder / "base", "--out", folder / "x.pt", "--num-experts", 3)
+    assert "Two experts of a layer are the same" in said
+    assert_same(open_checkpoint(folder / "x.pt"), upcycle_checkpoint(base, num_experts=3))
+
+
+def test_text_positions_are_stretched(tmp_path):
+    write_checkpoint(clip_of_77(), tmp_path / "base", "transformers")
+    said = run("upcycle", "--base", tmp_path / "base", "--text-positions", 248, "--out", tmp_path / "x.pt")
+    found = open_checkpoint(tmp_path / "x.pt")
+    assert found.architecture.text.context_length == 248 and found["positional_embedding_res"].shape == (248, 128)
+    assert "248 positions" not in said  # nothing to note: the published code has as many
+    assert "248 positions" in run("upcycle", "--base", tmp_path / "base", "--out", tmp_path / "short.pt")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--top-k", 5), "top_k must be from 1 to num_experts = 3, got 5"),
+        (("--layers", "vision=first"), "layers of vision must be all, last:M"),
+        (("--router-init", "magic"), "router_init must be uniform"),
+        (("--format", "onnx"), "format must be one of"),
+        (("--dtype", "int8"), "--dtype must be float32, float16 or bfloat16, got 'int8'"),
+        (("--shared-expert",), "clipmoe cannot hold a shared expert"),
+        (("--experts", "nowhere"), "nowhere"),
+        (("--text-positions", 300), "30 positions become 60, got 300"),
+    ],
+)
+def test_a_wrong_option_ends_with_a_message_and_writes_nothing(files, more, message):
+    folder, *_ = files
+    before = sorted(file.name for file in folder.iterdir())
+    said = upcycle_command(folder, "x.pt", *more, code=1)
+    assert message in said and "Traceback" not in said
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
+def test_nothing_is_overwritten_unless_it_is_said(files):
+    folder, *_ = files
+    upcycle_command(folder, "x.pt")
+    before = (folder / "x.pt").read_bytes()
+    assert "exists already; --overwrite replaces it" in upcycle_command(folder, "x.pt", "--seed", 1, code=1)
+    assert (folder / "x.pt").read_bytes() == before
+    upcycle_command(folder, "x.pt", "--seed", 1, "--overwrite")
+    assert (folder / "x.pt").read_bytes() != before
+
+
+def test_sources_that_differ_outside_their_ffns_are_refused_unless_it_is_said(files):
+    folder, base, _ = files
+    write_checkpoint(random_checkpoint(SMALL, 9), folder / "stranger", "transformers")
+    words = ("upcycle", "--base", folder / "base", "--experts", folder / "stranger", "--out", folder / "x.pt")
+    assert "sources differ from the base outside their MLPs" in run(*words, code=1)
+    assert not (folder / "x.pt").exists()
+    run(*words, "--shared", "mean")
+    name = "ln_final.weight"
+    mean = (base[name].double() + random_checkpoint(SMALL, 9)[name].double()) / 2
+    assert torch.equal(open_checkpoint(folder / "x.pt")[name], mean.float())
+
+
+def test_inspect_says_what_is_in_a_file(tmp_path):
+    mixture = with_mixtures(SMALL, vision=(1,), num_experts=6, top_k=3)
+    write_checkpoint(random_checkpoint(mixture), tmp_path / "x.pt", "clipmoe", dtype=torch.bfloat16)
+    said = run("inspect", tmp_path / "x.pt")
+    for line in (
+        "format clipmoe",
+        "dtypes bfloat16 100.0%",
+        "vision mixture E = 6 experts, K = 3 a token; layers 1",
+        "text mixture E = 6 experts, K = 3 a token; layers 0 to 2",
+        "vision 2 layers of 64, 1 heads, FFNs of 96 with quick_gelu; 8 pixels in patches of 4",
+    ):
+        assert line in said
+    router = 6 * 64 + 3 * 6 * 128
+    ffn = lambda width, hidden: 2 * width * hidden + width + hidden  # noqa: E731
+    total = sum(tensor.numel() for tensor in torch.load(tmp_path / "x.pt", weights_only=True).values())
+    active = total - 3 * ffn(64, 96) - 3 * 3 * ffn(128, 160)
+    experts = 7 * ffn(64, 96) + 18 * ffn(128, 160)
+    assert f"all {total:,} {active:,} {router:,} {experts:,}" in said
+
+
+def test_inspect_refuses_what_is_no_clip(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"not a checkpoint")
+    assert "x.pt" in run("inspect", tmp_path / "x.pt", code=1)
+    assert "nowhere" in run("inspect", tmp_path / "nowhere", code=1)
+
+
+def test_diff_proves_that_experts_differ_in_their_ffns_only(files):
+    folder, *_ = files
+    said = run("diff", folder / "base", folder / "one", code=1)
+    assert "They differ in their FFNs only (20 tensors)." in said
+    write_checkpoint(random_checkpoint(SMALL, 9), folder / "stranger", "transformers")
+    said = run("diff", folder / "base", folder / "stranger", code=1)
+    assert re.search(r"They differ outside their FFNs, in \d+ tensors", said)
+
+
+def test_diff_compares_values_across_formats(files):
+    folder, *_ = files
+    run("convert", folder / "base", "--format", "open_clip", "--out", folder / "other")
+    assert "They are the same." in run("diff", folder / "base", folder / "other")
+    run("convert", folder / "base", "--format", "transformers", "--dtype", "bfloat16", "--out", folder / "rounded")
+    assert "They differ outside their FFNs" in run("diff", folder / "base", folder / "rounded", code=1)
+
+
+def test_diff_refuses_two_architectures(files, tmp_path):
+    folder, *_ = files
+    write_checkpoint(random_checkpoint(with_mixtures(SMALL)), tmp_path / "moe", "transformers")
+    assert "must have one architecture" in run("diff", folder / "base", tmp_path / "moe", code=1)
+
+
+@pytest.mark.parametrize("ffn_only", [False, True])
+def test_an_expert_taken_out_upcycles_again_to_the_same_mixture(files, ffn_only):
+    folder, base, sources = files
+    upcycle_command(folder, "x.pt")
+    for j in (1, 2):
+        more = ("--ffn-only",) if ffn_only else ("--format", "transformers")
+        run("extract-expert", folder / "x.pt", "--expert", j, "--out", folder / f"expert{j}", *more)
+    again = ("--experts", folder / "expert1", folder / "expert2", "--out", folder / "y.pt")
+    run("upcycle", "--base", folder / "base", *again)
+    assert_same(open_checkpoint(folder / "y.pt"), open_checkpoint(folder / "x.pt"))
+    assert_same(extract_expert(open_checkpoint(folder / "x.pt"), 1), sources[0])
+
+
+def test_an_interrupted_upcycle_leaves_nothing(files):
+    folder, *_ = files
+    script = (
+        "import os, signal, mmbal.checkpoints.writing as w, mmbal.checkpoints.tensor_writing as t\n"
+        "old = w.write_torch\n"
+        "def interrupted(path, made, progress=None):\n"
+        "    def tell(size):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    old(path, made, progress=tell)\n"
+        "w.write_torch = interrupted\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from mmbal.cli import app\n"
+        "app()\n"
+    )
+    before = sorted(file.name for file in folder.iterdir())
+    words = [word.format(folder) for word in UPCYCLE] + [str(folder / "x.pt")]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+peak, base = 0, 0
+def rss():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+def watch():
+    global peak
+    while True:
+        peak = max(peak, rss())
+        time.sleep(0.002)
+import torch, mmbal, mmbal.commands.checkpoints, mmbal.checkpoints.verification, rich.progress
+from mmbal.cli import app
+torch.ones(512, 512) @ torch.ones(512, 512)
+before = rss()
+threading.Thread(target=watch, daemon=True).start()
+app(sys.argv[1:], standalone_mode=False)
+print("ANON", peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("format", "out"), [("clipmoe", "x.pt"), ("transformers", "x")])
+def test_upcycling_takes_less_memory_than_the_file_it_writes(tmp_path, format, out):
+    from dataclasses import replace
+
+    wide = replace(
+        SMALL,
+        vision=replace(SMALL.vision, width=512, heads=8, mlp_width=2048, layers=4),
+        text=replace(SMALL.text, width=512, heads=8, mlp_width=2048, layers=4),
+    )
+    base = random_checkpoint(wide)
+    write_checkpoint(base, tmp_path / "base", "transformers")
+    write_checkpoint(siblings_of(base, 1)[0], tmp_path / "one", "transformers")
+    words = ["upcycle", "--base", tmp_path / "base", "--experts", *[tmp_path / "one"] * 3, "--out", tmp_path / out]
+    command = [sys.executable, "-c", MEMORY, *map(str, words), "--format", format]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    written = tmp_path / out
+    size = written.stat().st_size if written.is_file() else sum(f.stat().st_size for f in written.iterdir())
+    assert size > 200e6
+    anonymous = int(re.search(r"ANON (\d+)", done.stdout)[1])
+    assert anonymous < 0.5 * size, f"{anonymous / size:.2f} of {size / 1e6:.0f} MB"

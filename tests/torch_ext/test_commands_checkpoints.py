@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,7 @@ def test_diff_refuses_two_architectures(files, tmp_path):
 
 @pytest.mark.parametrize("ffn_only", [False, True])
 def test_an_expert_taken_out_upcycles_again_to_the_same_mixture(files, ffn_only):
-    folder, base, sources = files
+    folder, _, sources = files
     upcycle_command(folder, "x.pt")
     for j in (1, 2):
         more = ("--ffn-only",) if ffn_only else ("--format", "transformers")
@@ -175,6 +176,17 @@ def test_an_expert_taken_out_upcycles_again_to_the_same_mixture(files, ffn_only)
     run("upcycle", "--base", folder / "base", *again)
     assert_same(open_checkpoint(folder / "y.pt"), open_checkpoint(folder / "x.pt"))
     assert_same(extract_expert(open_checkpoint(folder / "x.pt"), 1), sources[0])
+
+
+def test_experts_that_are_mixtures_or_have_another_activation_are_refused(files):
+    folder, base, _ = files
+    upcycle_command(folder, "x", "--format", "transformers")
+    words = ("upcycle", "--base", folder / "base", "--out", folder / "y.pt", "--experts")
+    assert "must be dense, it has mixtures; see mmbal extract-expert" in run(*words, folder / "x", code=1)
+    towers = {tower: replace(base.architecture.tower(tower), activation="gelu") for tower in ("vision", "text")}
+    base.architecture = replace(base.architecture, **towers)
+    write_checkpoint(base, folder / "gelu", "open_clip")
+    assert "must have activation quick_gelu in text, got gelu" in run(*words, folder / "gelu", code=1)
 
 
 def test_an_interrupted_upcycle_leaves_nothing(files):
@@ -225,8 +237,6 @@ print("ANON", peak - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("format", "out"), [("clipmoe", "x.pt"), ("transformers", "x")])
 def test_upcycling_takes_less_memory_than_the_file_it_writes(tmp_path, format, out):
-    from dataclasses import replace
-
     wide = replace(
         SMALL,
         vision=replace(SMALL.vision, width=512, heads=8, mlp_width=2048, layers=4),

@@ -8,6 +8,7 @@ map of the file. A file must not be truncated or written to while it is used; re
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -133,7 +134,7 @@ def open_tensors(path, allow_jit: bool = False) -> TensorFiles:
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):  # which is False where Path.is_dir raises
             path = find_weights(path)
         kind, stored, metadata, wrapped = _open(path, allow_jit)
     except RefusedError as error:

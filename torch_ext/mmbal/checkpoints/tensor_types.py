@@ -33,7 +33,7 @@ MAX_DIMENSIONS = 64  # torch's own limit for most operations
 
 
 def check_shape(shape, dtype: torch.dtype) -> int:
-    """The number of bytes of a tensor; raises RefusedError where sizes are no sizes or multiply to more than an int64."""
+    """The number of bytes of a tensor; raises RefusedError where sizes are no sizes or multiply beyond an int64."""
     if not isinstance(shape, (tuple, list)):
         raise RefusedError("has a tensor without a shape")
     if len(shape) > MAX_DIMENSIONS:

@@ -111,12 +111,12 @@ def is_torchscript(records: dict[str, Record]) -> bool:
 
 def read_zip(buffer, records: dict[str, Record]) -> tuple[object, dict[str, tuple[int, int]]]:
     """What data.pkl describes, and where in ``buffer`` each storage lies: (start, number of bytes)."""
-    order = records.get("byteorder")
-    if order is not None and buffer[order.start : order.start + min(order.packed, 16)] != sys.byteorder.encode():
-        raise RefusedError(f"must hold {sys.byteorder}-endian numbers, got others")
     pickled = records["data.pkl"]
     if not pickled.is_stored or pickled.size > PICKLE_LIMIT:
         raise RefusedError(f"must have a data.pkl that is stored uncompressed and has at most {PICKLE_LIMIT} bytes")
+    order = records.get("byteorder")
+    if order is not None and buffer[order.start : order.start + min(order.packed, 16)] != sys.byteorder.encode():
+        raise RefusedError(f"must hold {sys.byteorder}-endian numbers, got others")
     machine = Pickle(buffer, pickled.start, pickled.start + pickled.size)
     top = machine.load()
     regions = {}

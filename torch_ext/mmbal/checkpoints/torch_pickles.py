@@ -119,7 +119,10 @@ class Pickle:
         try:
             while self._budget > 0:
                 self._budget -= 1
-                code = self._take(1)[0]
+                if self.position >= self.end:
+                    raise RefusedError("has a pickle that ends too early or is too long")
+                code = self.buffer[self.position]
+                self.position += 1
                 if code == pickle.STOP[0]:
                     return self._stack.pop()
                 operation = _OPERATIONS.get(code)
@@ -266,8 +269,10 @@ def _dense(storage, offset, shape, stride, dtype, flags):
     if flags:  # torch's lazy conjugate or negative
         return Foreign("torch.conj or torch.neg")
     check_shape(shape, dtype)
-    if not isinstance(stride, (tuple, list)) or len(stride) != len(shape):
-        raise RefusedError("has a pickle with a tensor of as many strides as it has no dimensions")
+    if not isinstance(stride, (tuple, list)):
+        raise RefusedError("has a pickle with a tensor without strides")
+    if len(stride) != len(shape):
+        raise RefusedError(f"has a pickle with a tensor of {len(shape)} dimensions and {len(stride)} strides")
     if any(type(n) is not int or not 0 <= n < 1 << 60 for n in (offset, *stride)):
         raise RefusedError("has a pickle with a tensor of impossible strides")
     return Dense(storage, offset, tuple(shape), tuple(stride), dtype)

@@ -1,4 +1,5 @@
 import copy
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -202,13 +203,87 @@ def test_shared_weights_come_from_the_base_or_the_mean_of_all(make_clip, sibling
         for i, source in enumerate(sources):
             source.visual_projection.weight += i + 1.0
     name, original = "visual_projection.weight", base.visual_projection.weight
-    kept = upcycle(copy.deepcopy(base), sources, shared="base").state_dict()
+    with pytest.warns(UserWarning, match="differ from the base outside their MLPs"):
+        kept = upcycle(copy.deepcopy(base), sources, shared="base").state_dict()
     mean = upcycle(copy.deepcopy(base), sources, shared="mean").state_dict()
     assert torch.equal(kept[name], original)
     oracles.assert_near(mean[name], original + 1.0, 1e-6)
     with pytest.raises(ValueError, match="visual_projection"):
         upcycle(copy.deepcopy(base), sources, shared="strict")
     upcycle(copy.deepcopy(base), siblings(base, 2), shared="strict")
+
+
+def test_sources_that_changed_outside_their_mlps_are_warned_of_once_and_refused_on_demand(make_clip, siblings):
+    base = make_clip(0)
+    sources = siblings(base, 3)
+    with torch.no_grad():
+        sources[1].visual_projection.weight[0, 0] += 2
+        sources[1].text_model.final_layer_norm.bias -= 0.5
+    found = r"experts\[1\] in text_model.final_layer_norm.bias and 1 more \(by up to 2, visual_projection.weight"
+    with pytest.warns(UserWarning, match=found) as caught:
+        upcycle(copy.deepcopy(base), sources)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.raises(ValueError, match=f"shared='strict'.*{found}"):
+        upcycle(copy.deepcopy(base), sources, shared="strict")
+
+
+@pytest.mark.parametrize("shared", ["base", "strict", "mean"])
+def test_sources_that_differ_in_mlps_alone_are_taken_without_a_warning(make_clip, siblings, shared):
+    base = make_clip(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upcycle(copy.deepcopy(base), siblings(base, 2), shared=shared, layers="last:1")
+
+
+def test_sources_may_be_state_dicts_of_the_mlps_alone(make_clip, siblings):
+    base = make_clip(0)
+    whole = siblings(base, 2)
+    alone = [{key: t for key, t in source.state_dict().items() if ".mlp." in key} for source in whole]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moe = upcycle(copy.deepcopy(base), alone).state_dict()
+    assert all(torch.equal(t, moe[key]) for key, t in upcycle(copy.deepcopy(base), whole).state_dict().items())
+
+
+def test_a_checkpoint_given_twice_and_the_base_given_as_a_source_are_warned_of(make_clip, siblings):
+    base = make_clip(0)
+    source = siblings(base, 1)[0]
+    with pytest.warns(UserWarning, match=r"experts\[0\] and experts\[1\] have the same MLPs") as caught:
+        upcycle(copy.deepcopy(base), [source, source])
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"the base and experts\[1\] have the same MLPs"):
+        upcycle(copy.deepcopy(base), [source, copy.deepcopy(base)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upcycle(copy.deepcopy(base), [source, copy.deepcopy(base)], include_base=False)
+
+
+def test_one_choice_with_normalized_weights_is_warned_of(make_clip):
+    with pytest.warns(UserWarning, match="top_k=1 and normalize=True"):
+        upcycle(make_clip(0), top_k=1)
+
+
+def test_copies_with_a_shared_expert_equal_the_dense_clip(make_clip, clip_batch):
+    dense = make_clip(0)
+    moe = upcycle(copy.deepcopy(dense), num_experts=3, shared_expert=True, shared_weight=0.3)
+    for mixture in mixtures(moe).values():
+        assert mixture.router.weight.shape[0] == mixture.num_experts == 3 and mixture.experts.w1.shape[0] == 4
+        assert mixture.shared_expert and mixture.shared_weight == 0.3
+    assert_same_outputs(moe, dense, clip_batch)
+
+
+@pytest.mark.parametrize("include_base", [True, False])
+def test_the_shared_expert_is_the_base_and_the_rest_is_as_without_it(make_clip, siblings, include_base):
+    base = make_clip(0)
+    sources = siblings(base, 2)
+    plain = mixtures(upcycle(copy.deepcopy(base), sources, include_base=include_base))
+    shared = mixtures(upcycle(copy.deepcopy(base), sources, include_base=include_base, shared_expert=True))
+    for name, mixture in shared.items():
+        assert torch.equal(mixture.router.weight, plain[name].router.weight)
+        for parameter, stacked in mixture.experts.named_parameters():
+            assert torch.equal(stacked[:-1], plain[name].experts.get_parameter(parameter))
+        assert torch.equal(mixture.experts.w2[-1], base.get_submodule(name).fc2.weight)
+        assert torch.equal(mixture.experts.b1[-1], base.get_submodule(name).fc1.bias)
 
 
 def test_mode_dtype_and_options_are_carried_over(make_clip):

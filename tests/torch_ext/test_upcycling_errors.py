@@ -31,6 +31,8 @@ COPY = {"num_experts": 4, "expert_init": "copy"}
         ({**COPY, "layers": [99]}, "layers"),
         ({**COPY, "layers": {"audio": "all"}}, "layers"),
         ({**COPY, "dropout": 1.0}, "dropout"),
+        ({**COPY, "shared_expert": True, "shared_weight": 1.0}, "shared_weight"),
+        ({**COPY, "layers": "vision=all,audio=all"}, "layers"),
         ({**COPY, "expert_init": "drop", "drop_ratio": 1.5}, "drop_ratio"),
         ({**COPY, "expert_init": "noise", "noise_std": -1.0}, "noise_std"),
     ],

@@ -287,7 +287,7 @@ class SharedDifferences:
         return self.count > 0
 
     def __str__(self):
-        others = f" and {self.count - 1} more tensors" if self.count > 1 else ""
+        others = f" and {self.count - 1} more" if self.count > 1 else ""
         size = "in shape" if self.largest == math.inf else f"by up to {self.largest:.2g}"
         return f"{self.name} in {self.first}{others} ({size}" + (f", {self.where})" if others else ")")
 

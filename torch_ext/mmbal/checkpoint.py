@@ -36,16 +36,16 @@ def replace_file(path: Path, write) -> None:
 
 
 @contextmanager
-def atomic_folder(folder):
+def atomic_folder(folder, marker="mmbal.json"):
     """Yields a new folder that takes the name ``folder`` only once the block has succeeded.
 
-    What was there is replaced if it is such a folder too (it has mmbal.json) or empty; anything else is refused.
+    What was there is replaced if it is such a folder too (it has the file ``marker``) or empty; else it is refused.
     """
     target = Path(folder).absolute()
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"{target} must be a folder or not exist")
-    if target.is_dir() and any(target.iterdir()) and not (target / "mmbal.json").is_file():
-        raise ValueError(f"{target} holds other files and no mmbal.json: it is not replaced")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise ValueError(f"{target} holds other files and no {marker}: it is not replaced")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -1,8 +1,8 @@
-"""Callbacks for training loops of other libraries: ``lightning`` and ``transformers``, imported when they are used."""
+"""What makes mmbal at home in other libraries: ``lightning``, ``open_clip``, ``transformers``, imported when used."""
 
 import importlib
 
-__all__ = ["lightning", "transformers"]
+__all__ = ["lightning", "open_clip", "transformers"]
 
 
 def __getattr__(name: str):

@@ -59,7 +59,7 @@ test-example: test-core
 	ctest --test-dir build/examples --output-on-failure
 
 .PHONY: test-python
-test-python: $(INSTALLED)
+test-python: $(INSTALLED) $(VENV)/mmbal-open-clip
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 .PHONY: bench
@@ -175,6 +175,13 @@ $(VENV)/mmbal-tools: | $(VENV)/bin/python
 	$(PIP) install -q scikit-build-core pybind11
 	cmake --version 2> /dev/null | grep -qE ' (3\.(2[2-9]|3)|[4-9])' || $(PIP) install -q "cmake>=3.22"
 	ninja --version > /dev/null 2>&1 || $(PIP) install -q ninja
+	@touch $@
+
+# open_clip, for its tests alone and where only they look: torchvision's wheel is for torch with CUDA, and one that does
+# not load makes transformers fail as well (tests/torch_ext/peers.py).
+$(VENV)/mmbal-open-clip: | $(VENV)/mmbal-tools
+	@$(VENV)/bin/python -c "import open_clip" 2> /dev/null || \
+	    $(PIP) install -q --no-deps --upgrade --target $(VENV)/open_clip "open_clip_torch>=3.0" torchvision timm ftfy wcwidth
 	@touch $@
 
 # An ordinary install, rebuilt step by step in build/, so that what is tested is what users get.

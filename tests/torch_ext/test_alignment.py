@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import mmbal  # noqa: F401  (loads the operators)
 import oracles
 from mmbal.alignment import align_loss
+from peers import import_open_clip
 
 op = torch.ops.mmbal.align_loss
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -136,10 +137,10 @@ def test_regression_is_torchs_smooth_l1_and_contrastive_its_cross_entropy():
 
 
 def test_contrastive_is_the_loss_of_open_clip():
-    open_clip = pytest.importorskip("open_clip")
+    open_clip = import_open_clip()
     pred, target, source, candidates = example(32, 3, 16)
     units = [F.normalize(t, dim=1) for t in (source, candidates)]
-    expected = open_clip.ClipLoss()(*units, logit_scale=torch.tensor(1 / 0.07).double())
+    expected = open_clip.ClipLoss()(*units, logit_scale=torch.tensor(1 / 0.07, dtype=torch.float64))
     assert op(pred, target, source, candidates, tau=0.07)[2].item() == pytest.approx(expected.item(), rel=1e-12)
 
 

@@ -37,6 +37,10 @@ class Experts(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
 
 
+class _FirstWeights(NamedTuple):
+    weight: Tensor
+
+
 class MoEMLP(nn.Module):
     """Mixture of two-layer MLPs with a linear top-k router (DMU, arXiv 2409.19291, section 4).
 
@@ -148,6 +152,11 @@ class MoEMLP(nn.Module):
         if self.experts.b1 is not None:
             self.experts.b1[j].copy_(b1_F)
             self.experts.b2[j].copy_(b2_D)
+
+    @property
+    def c_fc(self) -> _FirstWeights:
+        """open_clip's text tower asks ``mlp.c_fc.weight`` of its first block for the dtype that it computes in."""
+        return _FirstWeights(self.experts.w1)
 
     def extra_repr(self):
         return (

@@ -31,6 +31,7 @@ class Checkpoint:
     format : layout of the file it was read from; "model" for one in memory.
     notes : what a user should know about how it was read.
     files : other files that belong to it (tokenizer, preprocessing), by name; they go along into a folder.
+    preprocess : open_clip's preprocess_cfg, where a folder of open_clip has one; likewise.
     """
 
     tensors: dict[str, LazyTensor]
@@ -39,6 +40,7 @@ class Checkpoint:
     path: Path | None = None
     notes: list[str] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
+    preprocess: dict | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].make()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields, replace
 
 from mmbal.dense import ACTIVATIONS
 
-from .architecture import CLIPArchitecture, Mixture, TextTower, VisionTower
+from .architecture import TOWERS, CLIPArchitecture, Mixture, TextTower, VisionTower
 
 FORMAT_VERSION = 1
 # Of the pixels that OpenAI's models were trained on (openai/CLIP, clip.py), by channel.
@@ -17,9 +18,14 @@ TO_TRANSFORMERS = {"gelu_tanh": "gelu_pytorch_tanh", "identity": "linear"}
 _NOT_IN_SHAPES = {"heads", "activation", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"}
 # open_clip's fields that are only sizes, or that change nothing for a tower of its own transformer class
 _OPEN_CLIP = {
-    "vision": {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size"},
-    "text": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+    "vision": {"image_size", "layers", "width", "head_width", "mlp_ratio", "patch_size", "patch_dropout"},
+    "text": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "eos_id"},
 }
+for _names in _OPEN_CLIP.values():
+    _names |= {"act_kwargs", "norm_kwargs", "pool_type"}
+HEAD_WIDTH, MLP_RATIO, LAYER_NORM_EPS = 64, 4.0, 1e-5  # what open_clip takes where model_cfg says nothing
+# QuickGELU is one switch for both towers; the others are nn.GELU with these arguments.
+GELUS = {"gelu": {}, "gelu_tanh": {"approximate": "tanh"}}
 
 
 def complete(found: CLIPArchitecture, said: dict, where: str) -> CLIPArchitecture:
@@ -165,20 +171,27 @@ def to_transformers(architecture: CLIPArchitecture) -> dict:
 def said_by_open_clip(config: dict, where: str) -> dict:
     """Of open_clip_config.json; towers that are not open_clip's own transformer are refused."""
     model = _section(config, "model_cfg", where)
-    quick = model.get("quick_gelu", False)
-    if set(model) - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text", "init_logit_scale"}:
-        other = sorted(set(model) - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text"})
-        raise ValueError(f"{where}: model_cfg has {str(other)[:80]}, which is not served")
+    known = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text", "init_logit_scale"}
+    _refuse_others(model, known, f"{where}: model_cfg")
     said = {}
     for tower in ("vision", "text"):
         section = _section(model, f"{tower}_cfg", where)
-        if other := sorted(name for name in set(section) - _OPEN_CLIP[tower] if section[name] not in (None, False)):
-            raise ValueError(f"{where}: {tower}_cfg has {str(other)[:80]}, which is not served")
-        values = {name: section[name] for name in ("layers", "width", "patch_size", "image_size") if name in section}
-        values |= {name: section[name] for name in ("context_length", "vocab_size", "heads") if name in section}
-        if tower == "vision" and "width" in values:
-            values["heads"] = values["width"] // section.get("head_width", 64)  # open_clip's default
-        values["activation"] = "quick_gelu" if quick else "gelu"
+        _refuse_others(section, _OPEN_CLIP[tower], f"{where}: {tower}_cfg")
+        names = ("layers", "width", "patch_size", "image_size", "context_length", "vocab_size", "heads")
+        values = {name: section[name] for name in names if name in section}
+        if tower == "vision" and isinstance(values.get("width"), int):
+            values["heads"] = values["width"] // (section.get("head_width") or HEAD_WIDTH)
+        if section.get("pool_type") not in (None, "tok" if tower == "vision" else "argmax"):
+            if (tower, section["pool_type"]) != ("text", "eos"):
+                raise ValueError(f"{where}: pool_type {str(section['pool_type'])[:40]} of {tower} is not served")
+            values["eos_token_id"] = section.get("eos_id")
+        gelu = "gelu_tanh" if section.get("act_kwargs") == GELUS["gelu_tanh"] else "gelu"
+        if section.get("act_kwargs") not in (None, {}, GELUS["gelu_tanh"]):
+            raise ValueError(f"{where}: act_kwargs of {tower} must be {GELUS['gelu_tanh']} or none")
+        values["activation"] = "quick_gelu" if model.get("quick_gelu", False) else gelu
+        if section.get("norm_kwargs"):
+            _refuse_others(section["norm_kwargs"], {"eps"}, f"{where}: norm_kwargs")
+            values["layer_norm_eps"] = section["norm_kwargs"]["eps"]
         said[tower] = values
     if "mmbal" in config:
         ours = config["mmbal"]
@@ -187,40 +200,75 @@ def said_by_open_clip(config: dict, where: str) -> dict:
     return said
 
 
-def to_open_clip(architecture: CLIPArchitecture) -> dict:
-    """open_clip_config.json: what open_clip's factory needs, and the mixtures under "mmbal"."""
-    vision, text = architecture.vision, architecture.text
-    model = {
-        "embed_dim": architecture.embed_dim,
-        "quick_gelu": vision.activation == "quick_gelu",
-        "vision_cfg": {
-            "image_size": vision.image_size,
-            "layers": vision.layers,
-            "width": vision.width,
-            "head_width": vision.width // vision.heads,
-            "mlp_ratio": _ratio(vision),
-            "patch_size": vision.patch_size,
-        },
-        "text_cfg": {
-            "context_length": text.context_length,
-            "vocab_size": text.vocab_size,
-            "width": text.width,
-            "heads": text.heads,
-            "layers": text.layers,
-            "mlp_ratio": _ratio(text),
-        },
-    }
-    config = {"model_cfg": model, "preprocess_cfg": {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)}}
+def _refuse_others(section, known, where):
+    if not isinstance(section, dict):
+        raise ValueError(f"{where} must be an object")
+    if other := sorted(name for name in set(section) - known if section[name] not in (None, False)):
+        raise ValueError(f"{where} has {str(other)[:80]}, which is not served")
+
+
+def to_open_clip(architecture: CLIPArchitecture, preprocess: dict | None = None) -> dict:
+    """open_clip_config.json: what open_clip's factory needs, and the mixtures under "mmbal".
+
+    preprocess : open_clip's preprocess_cfg; None for the mean and deviation of OpenAI's training images.
+    """
+    default = {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)}
+    config = {"model_cfg": open_clip_model_config(architecture), "preprocess_cfg": preprocess or default}
     if architecture.mixtures:
         mixtures = {tower: mixture.to_json() for tower, mixture in architecture.mixtures.items()}
         config["mmbal"] = {"format_version": FORMAT_VERSION, "mixtures": mixtures}
     return config
 
 
-def _ratio(tower):
-    """open_clip rounds width * ratio down; where that loses a channel, half a channel more does not."""
-    ratio = tower.mlp_width / tower.width
-    return ratio if int(tower.width * ratio) == tower.mlp_width else (tower.mlp_width + 0.5) / tower.width
+def open_clip_model_config(architecture: CLIPArchitecture) -> dict:
+    """open_clip's ``model_cfg`` of the dense model with these sizes; mixtures have no place in it.
+
+    Raises a ValueError where open_clip's ``CLIP`` cannot have the architecture: it has both towers, each with the
+    activation quick_gelu, gelu or gelu_tanh, and quick_gelu in both or in neither.
+    """
+    vision, text = architecture.vision, architecture.text
+    if vision is None or text is None or not architecture.embed_dim:
+        raise ValueError("open_clip: an open_clip CLIP has a vision tower, a text tower and embed_dim")
+    activations = {tower: architecture.tower(tower).activation for tower in TOWERS}
+    quick = {activation == "quick_gelu" for activation in activations.values()}
+    if len(quick) > 1 or not set(activations.values()) <= {"quick_gelu", *GELUS}:
+        raise ValueError(
+            f"open_clip: activations must be quick_gelu in both towers, or gelu or gelu_tanh, got {activations}"
+        )
+    vision_cfg = {
+        "image_size": vision.image_size,
+        "layers": vision.layers,
+        "width": vision.width,
+        "patch_size": vision.patch_size,
+    }
+    if vision.width % vision.heads:
+        raise ValueError(f"open_clip: vision width {vision.width} must be a multiple of heads = {vision.heads}")
+    if vision.width != HEAD_WIDTH * vision.heads:
+        vision_cfg["head_width"] = vision.width // vision.heads
+    text_cfg = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.layers,
+    }
+    if text.eos_token_id != text.vocab_size - 1:  # else it is the largest token, at which open_clip pools by itself
+        text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    config = {"embed_dim": architecture.embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    for tower, cfg in ((vision, vision_cfg), (text, text_cfg)):
+        if tower.mlp_width != int(tower.width * MLP_RATIO):
+            cfg["mlp_ratio"] = _mlp_ratio(tower.width, tower.mlp_width)
+        if GELUS.get(tower.activation):
+            cfg["act_kwargs"] = dict(GELUS[tower.activation])
+        if tower.layer_norm_eps != LAYER_NORM_EPS:
+            cfg["norm_kwargs"] = {"eps": tower.layer_norm_eps}
+    return config | ({"quick_gelu": True} if quick == {True} else {})
+
+
+def _mlp_ratio(width, mlp_width):
+    """The ratio from which int(width * ratio) gives mlp_width back."""
+    ratio = mlp_width / width
+    return ratio if int(width * ratio) == mlp_width else math.nextafter(ratio, math.inf)
 
 
 def said_beside(config: dict, where: str) -> dict:

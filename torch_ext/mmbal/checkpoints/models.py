@@ -52,14 +52,17 @@ def from_model(model: nn.Module) -> Checkpoint:
     """The checkpoint of a model of transformers (``CLIPModel``, :class:`mmbal.CLIPMoEModel`, or one tower) or of
     open_clip. Its tensors are the model's own, as they are when they are read."""
     source, layout = recognise(ModelTensors(model), type(model).__name__)
-    where = type(model).__name__
+    where, preprocess = type(model).__name__, None
     if layout == "transformers":
         architecture = _of_transformers(model, source, where)
     else:
         from mmbal.integrations.open_clip import architecture_of
 
         layout, architecture = "open_clip", architecture_of(model)
-    return Checkpoint(from_file_tensors(source, architecture, layout, where), architecture, "model")
+        preprocess = getattr(model.visual, "preprocess_cfg", None)
+    return Checkpoint(
+        from_file_tensors(source, architecture, layout, where), architecture, "model", preprocess=preprocess
+    )
 
 
 def _of_transformers(model, source, where) -> CLIPArchitecture:

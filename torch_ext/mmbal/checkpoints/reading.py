@@ -63,7 +63,9 @@ def open_checkpoint(
     archive = open_tensors(weights, allow_jit=allow_jit)
     source, layout = recognise(archive, str(path))
     layout = _layout(layout, format, archive, config, path, "any" if like else activation)
-    checkpoint = Checkpoint({}, CLIPArchitecture(None, None, None), layout, path, [], files)
+    preprocess = (config or {}).get("preprocess_cfg")
+    preprocess = preprocess if isinstance(preprocess, dict) else None
+    checkpoint = Checkpoint({}, CLIPArchitecture(None, None, None), layout, path, [], files, preprocess)
     if like is not None:
         checkpoint.architecture = _like(like, source, layout, config, str(path))
     else:

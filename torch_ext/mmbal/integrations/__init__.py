@@ -1,4 +1,5 @@
-"""mmbal inside other libraries: ``lightning``, ``transformers``, ``clip_moe`` and ``experts``, imported when used.
+"""mmbal inside other libraries: ``lightning``, ``open_clip``, ``transformers``, and CLIP-MoE and expert kernels in
+transformers: ``clip_moe``, ``experts``. Imported when used.
 
 What transformers must know of beforehand (the model types of CLIP-MoE, the experts implementation "mmbal") is added to
 it when it is imported.
@@ -8,7 +9,7 @@ import importlib
 
 from mmbal.integrations.when_imported import when_imported
 
-__all__ = ["clip_moe", "experts", "lightning", "transformers"]
+__all__ = ["clip_moe", "experts", "lightning", "open_clip", "transformers"]
 
 
 def __getattr__(name: str):

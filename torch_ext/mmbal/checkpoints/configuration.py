@@ -25,6 +25,7 @@ for _names in _OPEN_CLIP.values():
     _names |= {"act_kwargs", "norm_kwargs", "pool_type"}
 HEAD_WIDTH, MLP_RATIO, LAYER_NORM_EPS = 64, 4.0, 1e-5  # what open_clip takes where model_cfg says nothing
 # QuickGELU is one switch for both towers; the others are nn.GELU with these arguments.
+LARGEST = 2  # as eos_token_id: old files of transformers mean the largest token by it
 GELUS = {"gelu": {}, "gelu_tanh": {"approximate": "tanh"}}
 
 
@@ -184,7 +185,9 @@ def said_by_open_clip(config: dict, where: str) -> dict:
         if section.get("pool_type") not in (None, "tok" if tower == "vision" else "argmax"):
             if (tower, section["pool_type"]) != ("text", "eos"):
                 raise ValueError(f"{where}: pool_type {str(section['pool_type'])[:40]} of {tower} is not served")
-            values["eos_token_id"] = section.get("eos_id")
+            if section.get("eos_id") in (None, LARGEST):
+                raise ValueError(f"{where}: eos_id of text must be said, and not {LARGEST}")
+            values["eos_token_id"] = section["eos_id"]
         gelu = "gelu_tanh" if section.get("act_kwargs") == GELUS["gelu_tanh"] else "gelu"
         if section.get("act_kwargs") not in (None, {}, GELUS["gelu_tanh"]):
             raise ValueError(f"{where}: act_kwargs of {tower} must be {GELUS['gelu_tanh']} or none")
@@ -252,7 +255,7 @@ def open_clip_model_config(architecture: CLIPArchitecture) -> dict:
         "heads": text.heads,
         "layers": text.layers,
     }
-    if text.eos_token_id != text.vocab_size - 1:  # else it is the largest token, at which open_clip pools by itself
+    if text.eos_token_id not in (LARGEST, text.vocab_size - 1):  # open_clip pools at the largest token by itself
         text_cfg |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     config = {"embed_dim": architecture.embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
     for tower, cfg in ((vision, vision_cfg), (text, text_cfg)):

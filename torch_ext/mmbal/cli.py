@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmbal.commands import mcl
+
 app = typer.Typer(
     help="Operators that turn a dense model into a mixture of experts, train it, and balance modalities.",
     no_args_is_help=True,
@@ -139,6 +141,7 @@ def demo(
         raise typer.Exit(130) from None
 
 
+app.add_typer(mcl.app, name="mcl")
 study = typer.Typer(help="What a method gains on real data, against what it has to beat.", no_args_is_help=True)
 app.add_typer(study, name="study")
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mmbal.commands import checkpoints
+from mmbal.commands import checkpoints, mcl
 
 app = typer.Typer(
     help="Operators that turn a dense model into a mixture of experts, train it, and balance modalities.",
@@ -142,6 +142,7 @@ def demo(
 
 
 app.registered_commands += checkpoints.app.registered_commands
+app.add_typer(mcl.app, name="mcl")
 
 study = typer.Typer(help="What a method gains on real data, against what it has to beat.", no_args_is_help=True)
 app.add_typer(study, name="study")

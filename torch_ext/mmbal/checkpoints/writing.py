@@ -126,10 +126,7 @@ def check_format(architecture: CLIPArchitecture, format: str) -> list[str]:
         configuration.open_clip_model_config(architecture)
         return []
     vision, text = architecture.vision, architecture.text
-    if text.eos_token_id not in (
-        2,
-        text.vocab_size - 1,
-    ):  # transformers pools at the largest id where eos_token_id is 2
+    if text.eos_token_id not in (configuration.LARGEST, text.vocab_size - 1):
         raise ValueError(
             f"format {format} pools the text at the largest token id, {text.vocab_size - 1}; this model pools at "
             f"{text.eos_token_id}"

@@ -13,21 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmbal.commands.several_values import SeveralValues
+
 app = typer.Typer()
-
-
-class _ManyExperts(typer.core.TyperCommand):
-    """``--experts B C D`` is ``--experts B --experts C --experts D``."""
-
-    def parse_args(self, ctx, args):
-        spread, taking = [], False
-        for position, word in enumerate(args):
-            if word.startswith("-"):
-                taking = word == "--experts"
-            elif taking and args[position - 1] != "--experts":
-                spread.append("--experts")
-            spread.append(word)
-        return super().parse_args(ctx, spread)
 
 
 Format = Annotated[str, typer.Option("--format", help="clipmoe, transformers, open_clip or openai (dense only).")]
@@ -110,7 +98,7 @@ def _check_out(out, format, overwrite):
         raise ValueError(f"--out must be a folder for --format {format}, got {out}")
 
 
-@app.command(cls=_ManyExperts)
+@app.command(cls=SeveralValues)
 def upcycle(
     base: Annotated[
         Path, typer.Option(help="A dense CLIP: file or folder. Expert 0 and all other weights come from it.")

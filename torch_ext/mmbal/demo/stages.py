@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -148,13 +147,8 @@ def _cluster_batches(labels: np.ndarray, batch: int, seed: int) -> Iterator[list
 
 def cluster(trainer: Trainer, model: CLIPModel, stage: int) -> np.ndarray:
     """Joint cluster of every training pair under `model`: text cluster x image cluster, int [n]."""
-    recipe = trainer.recipe
-    joint = np.zeros(len(trainer.pairs), dtype=np.int64)
     images, texts = features(model, trainer.tokenizer, trainer.pairs)
-    for side in (texts, images):
-        kmeans = KMeans(recipe.clusters, n_init=3, random_state=trainer.seed * 100 + stage)
-        joint = joint * recipe.clusters + kmeans.fit_predict(side.numpy())
-    return joint
+    return mcl.cluster_features(images, texts, trainer.recipe.clusters, seed=mcl.stage_seed(trainer.seed, stage))
 
 
 def mcl_stage(trainer: Trainer, parent: CLIPModel, labels: list[np.ndarray], stage: int) -> Outcome:

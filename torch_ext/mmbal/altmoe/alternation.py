@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmbal.altmoe.gather import every
 from mmbal.altmoe.optimizer_state import (
     MomentsByTask,
     check_optimizer_state,
@@ -20,7 +19,7 @@ from mmbal.altmoe.optimizer_state import (
 )
 from mmbal.altmoe.schedule import DirectionSchedule
 from mmbal.altmoe.state import require
-from mmbal.methods.rows import choose, ranks
+from mmbal.methods.rows import choose, every, ranks
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmbal.alignment import align_loss
-from mmbal.altmoe.gather import every, gather_with_gradient, rank_of
 from mmbal.altmoe.parts import ConnectorOut, TargetOut
-from mmbal.methods.rows import choose, ranks
+from mmbal.methods.rows import choose, every, gather_with_gradient, rank_of, ranks
 
 REGRESSIONS = ("smooth_l1", "mse", "l2", "cosine")
 

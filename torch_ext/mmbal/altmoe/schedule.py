@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mmbal.altmoe.gather import every
 from mmbal.altmoe.state import require
-from mmbal.methods.rows import choose, ranks
+from mmbal.methods.rows import choose, every, ranks
 
 
 class DirectionSchedule:

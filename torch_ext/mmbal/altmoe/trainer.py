@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmbal.altmoe.alternation import Alternation, StepInfo
-from mmbal.altmoe.gather import rank_of
 from mmbal.altmoe.loss import AlignLoss
 from mmbal.altmoe.optimizer_state import parameters_of
 from mmbal.altmoe.parts import Direction, Head, as_sources
@@ -25,7 +24,7 @@ from mmbal.altmoe.sampler import ResumableBatchSampler
 from mmbal.altmoe.schedule import DirectionSchedule
 from mmbal.altmoe.state import bare, fitted, plain_names, require
 from mmbal.files import replace_file
-from mmbal.methods.rows import ranks
+from mmbal.methods.rows import rank_of, ranks
 from mmbal.moe import router_losses
 
 FORMAT_VERSION = 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmbal.altmoe.store import fingerprint_of
-from mmbal.checkpoint import replace_file
+from mmbal.files import replace_file
 from mmbal.mcl.features import DTYPES, Features, Source, check_shard, read_tensors, shard_rows, write_tensors
 from mmbal.mcl.pairs import BrokenImageError, ListedPairs, PreparedPairs, read_pairs
 from mmbal.mcl.processing import (
@@ -38,15 +38,10 @@ AUTOCAST = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def _load(path: str | os.PathLike):
-    """The CLIPModel of a checkpoint."""
-    from transformers import CLIPModel
+    """The CLIP of a checkpoint in any format, dense or with mixtures."""
+    from mmbal.checkpoints import load_clip
 
-    if not Path(path).is_dir():
-        raise ValueError(f"model must be a transformers folder, got {path}")
-    try:
-        return CLIPModel.from_pretrained(path, local_files_only=True, dtype=torch.float32)
-    except Exception as error:  # transformers has no error of its own for files that are wrong
-        raise ValueError(f"the model in {path} cannot be loaded: {error}") from None
+    return load_clip(path, dtype=torch.float32)
 
 
 def _digest(text: str) -> str:

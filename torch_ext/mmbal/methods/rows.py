@@ -37,6 +37,21 @@ def ranks(group) -> int:
     return found
 
 
+def rank_of(group) -> int:
+    return dist.get_rank(group) if ranks(group) > 1 else 0
+
+
+def every(group, values: list[int]) -> Tensor:
+    """int64 [ranks, len(values)]: the whole numbers that each rank passed."""
+    mine = torch.tensor(values, dtype=torch.int64)
+    if ranks(group) == 1:
+        return mine.unsqueeze(0)
+    mine = mine.cuda() if dist.get_backend(group) == "nccl" else mine  # which takes no others
+    received = [torch.empty_like(mine) for _ in range(ranks(group))]
+    dist.all_gather(received, mine, group=group)
+    return torch.stack(received).cpu()
+
+
 def all_rows(tensor: Tensor, counts: list[int], group) -> Tensor:
     """The rows of all ranks, in the order of ranks; shorter ones are padded on the way."""
     sent = tensor.new_zeros(max(counts), *tensor.shape[1:])
@@ -45,6 +60,27 @@ def all_rows(tensor: Tensor, counts: list[int], group) -> Tensor:
     received = [torch.empty_like(sent) for _ in counts]
     dist.all_gather(received, sent, group=group)
     return torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)]).to(tensor.dtype)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, counts, rank, group):
+        ctx.counts, ctx.rank, ctx.group = counts, rank, group
+        return all_rows(tensor, counts, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # the sum is taken in place
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient.split(ctx.counts)[ctx.rank], None, None, None
+
+
+def gather_with_gradient(tensor: Tensor, counts: list[int], group) -> Tensor:
+    """Rows [sum(counts), ...] of all ranks in their order; rank r has counts[r]. The backward sums the gradients that
+    every rank has for a row. Every rank must take part in both."""
+    if len(counts) == 1:
+        return tensor
+    return _GatherRows.apply(tensor, counts, rank_of(group), group)
 
 
 def gather_rows(group, index: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -1,0 +1,136 @@
+"""Runs a function of the rank in several gloo processes, and a small pair of towers with mixtures to train in them."""
+
+import os
+from datetime import timedelta
+from multiprocessing import get_context
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing import start_processes
+
+import mmbal
+from mmbal.distributed import clip_loss, router_losses
+
+ROWS, TOKENS, STEPS = 12, 3, 3
+
+
+def start(function, count, folder):
+    """What ``function(rank, folder)`` returns in each of ``count`` processes."""
+    # A server that has imported everything once forks the processes: imports are what takes longest.
+    get_context("forkserver").set_forkserver_preload(["mmbal.distributed", "torch.distributed.fsdp"])
+    start_processes(_process, (function, count, str(folder)), nprocs=count, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def _process(rank, function, count, folder):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(os.path.join(folder, "store"), count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
+    torch.save(function(rank, folder), os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def drawn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def full(tensor):
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+class Block(nn.Module):
+    def __init__(self, options):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), mmbal.MoEMLP(8, 12, **{"num_experts": 4, "router_bias": True} | options)
+        nn.init.normal_(self.mlp.router.weight)
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class Tower(nn.Module):
+    def __init__(self, inputs, options):
+        super().__init__()
+        self.stem, self.head = nn.Linear(inputs, 8), nn.Linear(8, 6, bias=False)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(self.head(x.mean(1)), dim=-1)
+
+
+class Towers(nn.Module):
+    def __init__(self, options):
+        super().__init__()
+        self.images, self.texts = Tower(5, options), Tower(7, options)
+        self.logit_scale = nn.Parameter(torch.tensor([1.5]))  # fully_shard takes no scalars
+
+    def forward(self, images, texts):
+        return self.images(images), self.texts(texts), self.logit_scale.exp()
+
+    def all_blocks(self):
+        return [*self.images.blocks, *self.texts.blocks]
+
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    return Towers(options).double()
+
+
+def batch(step, rows):
+    return drawn(ROWS, TOKENS, 5, seed=2 * step)[rows], drawn(ROWS, TOKENS, 7, seed=2 * step + 1)[rows]
+
+
+def loss_of(run, model, images, texts, load_balance=0.1, z=0.01):
+    with mmbal.collect_router(model) as routers:
+        images, texts, scale = run(images, texts)
+    return clip_loss(images, texts, scale) + router_losses(routers, load_balance, z).total
+
+
+def train(rows, wrap=None, frozen=False, adam=False, prepare=None, **options):
+    """Steps with these rows of each batch; mean loss of the processes, whole gradients of the first step, whole weights
+    after the last."""
+    model = make(**options)
+    if frozen:
+        mmbal.freeze_except_router(model)
+    run = wrap(model) if wrap else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 0.02, eps=1e-5) if adam else torch.optim.SGD(trained, 0.2, momentum=0.9)
+    losses, gradients = [], None
+    for step in range(STEPS):
+        loss = loss_of(run, model, *batch(step, rows))
+        loss.backward()
+        if gradients is None:
+            gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "weights": {name: full(p) for name, p in model.named_parameters()},
+    }
+
+
+def assert_same_training(found, alone):
+    torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-12, atol=1e-13)
+    for kind in ("gradients", "weights"):
+        assert list(found[kind]) == list(alone[kind])
+        for name, expected in alone[kind].items():
+            if expected is None:
+                assert found[kind][name] is None, name
+            else:
+                torch.testing.assert_close(found[kind][name], expected, rtol=1e-10, atol=1e-12, msg=f"{kind} of {name}")

@@ -188,6 +188,15 @@ def test_outputs_are_the_same_at_each_thread_count(at_each_thread_count):
     at_each_thread_count(run)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile counts how often it compiled one function, across tests, and gives up after a few times."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_the_module_compiles_in_one_graph_with_gradients(backend):
     moe = make(torch.float32)

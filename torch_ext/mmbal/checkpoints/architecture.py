@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 
 from mmbal.dense import ACTIVATIONS
+from mmbal.expert_init import TOWERS
 
-TOWERS = ("text", "vision")  # in the order in which random numbers are drawn
+__all__ = ["TOWERS", "CLIPArchitecture", "Mixture", "TextTower", "VisionTower"]
 
 
 @dataclass(frozen=True)

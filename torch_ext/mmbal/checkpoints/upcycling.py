@@ -18,6 +18,7 @@ from mmbal.expert_init import (
     make_experts,
     plan_experts,
 )
+from mmbal.moe import warn_of_constant_weights
 
 from .architecture import TOWERS, Mixture
 from .checkpoint import Checkpoint, LazyTensor
@@ -68,6 +69,7 @@ def upcycle_checkpoint(
         shared_expert,
         shared_weight,
     )
+    warn_of_constant_weights("upcycle", top_k, normalize)
     counts = {tower: base.architecture.tower(tower).layers for tower in TOWERS if base.architecture.tower(tower)}
     chosen = choose_layers(layers, counts)
     for j, source in enumerate(experts):

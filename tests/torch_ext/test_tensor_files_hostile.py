@@ -492,7 +492,7 @@ def test_damaged_files_are_read_as_tensors_or_refused(tmp_path, kind):
     def attempt():
         chance = random.Random(kind)
         counts = {"read": 0, "refused": 0}
-        for _ in range(700):
+        for _ in range(400):
             path.write_bytes(mutated(files[kind], list(files.values()), chance))
             try:
                 with open_tensors(path) as opened:
@@ -504,8 +504,8 @@ def test_damaged_files_are_read_as_tensors_or_refused(tmp_path, kind):
             except ValueError as error:
                 assert str(error).startswith(str(path)) and len(str(error)) < len(str(path)) + 600
                 counts["refused"] += 1
-        assert counts["refused"] > 50
-        assert counts["read"] > {"script": -1, "index": 2}.get(kind, 20)  # otherwise the mutations reach nothing
+        assert counts["refused"] > 30
+        assert counts["read"] > {"script": -1, "index": 0}.get(kind, 10)  # otherwise the mutations reach nothing
         return "done"
 
     status, text = run_forked(attempt, limit_mib=600, seconds=100)

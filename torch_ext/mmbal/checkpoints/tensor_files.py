@@ -1,8 +1,10 @@
 """Files of tensors of every usual kind, read lazily, tensor by tensor, and without trusting them.
 
-Nothing in a file is executed. Whatever is wrong with it (another format, truncated, corrupted, made to do harm) raises
-ValueError with its path; opening takes memory for the list of tensors only, which is bounded, and a tensor lies in a
-map of the file. A file must not be truncated or written to while it is used; replacing it by another one is harmless.
+Nothing in a file is executed (TorchScript, which has to be allowed, is compiled). Whatever is wrong with it (another
+format, truncated, corrupted, made to do harm) raises ValueError with its path. Opening takes memory for the list of
+tensors only, which is bounded (headers and indices of 16 MiB, pickles of 64 MiB and two million operations), and a
+tensor lies in a map of the file. A file must not be truncated or written to while it is used; replacing it by another
+one is harmless.
 """
 
 from __future__ import annotations

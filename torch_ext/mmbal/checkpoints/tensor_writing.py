@@ -130,7 +130,7 @@ def _checked(entries: Iterable[Entry], operation: str) -> list[Entry]:
         except RefusedError as error:
             raise ValueError(f"{operation}: {shown(name)} {error}") from None
         names.add(name)
-        result.append(Entry(name, shape, dtype, make))
+        result.append(Entry(str(name), shape, dtype, make))
     return result
 
 

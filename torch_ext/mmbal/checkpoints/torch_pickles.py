@@ -163,7 +163,7 @@ class Pickle:
 
     def _global(self) -> None:
         module, name = self._line(), self._line()
-        full = f"{ {'__builtin__': 'builtins'}.get(module, module) }.{name}"
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full not in _KNOWN:
             raise RefusedError(
                 f"has a pickle that asks for {shown(full)}, which no file of weights needs; it is not read"

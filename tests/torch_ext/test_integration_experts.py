@@ -1,9 +1,8 @@
-import json
 import types
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, NemotronHConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, NemotronHConfig
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
@@ -64,21 +63,19 @@ def test_nemotron_h_gives_the_same_outputs_and_gradients_as_with_transformers_ow
     assert len(moved) == 4 and all(own[name].abs().max() > 1e-4 for name in moved)
 
 
-def test_bfloat16_is_as_near_to_float32_as_transformers_own(monkeypatch):
+def test_bfloat16_is_as_near_to_float32_as_transformers_own():
     exact = nemotron("eager")
     expected, gradients = run(exact)
-    errors = {}
-    for name in ("eager", "mmbal"):
-        model = nemotron(name, torch.bfloat16)
+    pairs, errors = [("logits", expected), *((k, g) for k, g in gradients.items() if ".experts." in k)], {}
+    for implementation in ("eager", "mmbal"):
+        model = nemotron(implementation, torch.bfloat16)
         model.load_state_dict(exact.state_dict())
         logits, own = run(model)
-        assert logits.dtype == torch.bfloat16
-        norms = {key: (own[key].float() - g).norm() / g.norm() for key, g in gradients.items() if ".experts." in key}
-        errors[name] = [
-            ((logits.float() - expected).norm() / expected.norm()).item(),
-            *(v.item() for v in norms.values()),
-        ]
+        own["logits"] = logits
+        errors[implementation] = [((own[k].float() - v).norm() / v.norm()).item() for k, v in pairs]
+        assert own[pairs[1][0]].dtype == torch.bfloat16
     assert all(ours <= 1.5 * theirs + 1e-3 for ours, theirs in zip(errors["mmbal"], errors["eager"], strict=True))
+    assert max(errors["mmbal"]) < 0.1
 
 
 def test_autocast_runs_the_experts_in_low_precision():
@@ -112,10 +109,6 @@ def test_the_choice_stays_after_saving_and_is_made_again_at_loading(tmp_path):
     other.set_experts_implementation("mmbal")
     with torch.no_grad():
         assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    assert (
-        json.loads((tmp_path / "config.json").read_text())["model_type"]
-        == AutoConfig.for_model("nemotron_h").model_type
-    )
 
 
 def make_experts(act="relu2", E=5, D=6, F=10, **options):

@@ -75,7 +75,7 @@ class CLIPMoEOutput(CLIPOutput):
     """CLIPOutput, and with ``output_router_logits`` what the routers did.
 
     aux_loss : load-balance loss, the mean of the layers' (:func:`mmbal.router_losses`), without its coefficient.
-    router_logits : of every mixture layer [tokens, experts], in the order in which they ran: vision, then text.
+    router_logits : of every mixture layer [tokens, experts], those of the text tower first.
     """
 
     aux_loss: Tensor | None = None

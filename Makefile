@@ -181,7 +181,7 @@ $(VENV)/mmbal-tools: | $(VENV)/bin/python
 # not load makes transformers fail as well (tests/torch_ext/peers.py).
 $(VENV)/mmbal-open-clip: | $(VENV)/mmbal-tools
 	@$(VENV)/bin/python -c "import open_clip" 2> /dev/null || \
-	    $(PIP) install -q --no-deps --upgrade --target $(VENV)/open_clip "open_clip_torch>=3.0" torchvision timm ftfy wcwidth
+	    $(PIP) install -q --no-deps --upgrade --target $(VENV)/open_clip "open_clip_torch>=3.1" torchvision timm ftfy wcwidth
 	@touch $@
 
 # An ordinary install, rebuilt step by step in build/, so that what is tested is what users get.

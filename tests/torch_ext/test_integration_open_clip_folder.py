@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import mmbal
 import oracles
 from mmbal import MoEMLP
+from mmbal.checkpoints.architecture import Mixture
 from open_clips import batch, config, make, make_moe, open_clip
 
 oc = mmbal.integrations.open_clip
@@ -65,12 +67,18 @@ def test_the_sizes_of_the_model_come_back(tmp_path, change):
     assert torch.equal(back.attn_mask, moe.attn_mask)
 
 
-def test_a_router_with_a_bias_comes_back(tmp_path):
-    architecture = oc.architecture_of(make_moe())
-    mixtures = {"vision": oc.Mixture((1,), 3, activation="gelu", router_bias=True)}
-    moe = oc.build_model(oc.CLIPArchitecture(16, architecture.vision, architecture.text, mixtures)).eval()
+@pytest.mark.parametrize(
+    "options",
+    [{"router_bias": True}, {"shared_expert": True, "shared_weight": 0.25}, {"dropout": 0.1, "output_dropout": 0.2}],
+)
+def test_the_options_of_a_mixture_come_back(tmp_path, options):
+    dense = oc.architecture_of(make())
+    mixtures = {"vision": Mixture((1,), 3, activation="gelu", **options)}
+    moe = oc.build_model(replace(dense, mixtures=mixtures)).eval()
     oc.save_open_clip_moe(moe, tmp_path / "moe")
-    assert_the_same(oc.load_open_clip_moe(tmp_path / "moe"), moe)
+    back = oc.load_open_clip_moe(tmp_path / "moe")
+    assert oc.architecture_of(back).mixtures == mixtures
+    assert_the_same(back, moe)
 
 
 def test_the_files_are_open_clips_with_the_mixtures_added(tmp_path):

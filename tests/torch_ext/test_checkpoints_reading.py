@@ -17,7 +17,13 @@ def written(tmp_path, checkpoint, format, name=None):
     return path
 
 
+UNUSUAL = replace(  # what open_clip's configuration says besides sizes
+    SMALL,
+    vision=replace(SMALL.vision, activation="gelu_tanh", layer_norm_eps=1e-6),
+    text=replace(SMALL.text, activation="gelu", eos_token_id=7, bos_token_id=6, heads=4),
+)
 CASES = [
+    ("open_clip", UNUSUAL, None),
     ("openai", SMALL, "clip.pt"),
     ("openai", SMALL, "clip.safetensors"),
     ("open_clip", SMALL, None),

@@ -16,6 +16,7 @@ import mmbal
 import oracles
 from mmbal import MoEMLP
 from mmbal.checkpoints.architecture import CLIPArchitecture, Mixture, TextTower, VisionTower
+from mmbal.checkpoints.configuration import _mlp_ratio
 from open_clips import LAYERS, batch, config, make, make_moe, open_clip
 
 oc = mmbal.integrations.open_clip
@@ -180,7 +181,7 @@ def test_the_mlp_ratio_gives_the_width_back(width, mlp_width):
 
 
 def test_every_mlp_width_comes_back():
-    assert all(int(w * oc._mlp_ratio(w, f)) == f for w in range(1, 300) for f in range(1, 300))
+    assert all(int(w * _mlp_ratio(w, f)) == f for w in range(1, 300) for f in range(1, 300))
 
 
 REAL = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-g-14", "ViT-bigG-14"]

@@ -185,9 +185,9 @@ def said_by_open_clip(config: dict, where: str) -> dict:
         if section.get("pool_type") not in (None, "tok" if tower == "vision" else "argmax"):
             if (tower, section["pool_type"]) != ("text", "eos"):
                 raise ValueError(f"{where}: pool_type {str(section['pool_type'])[:40]} of {tower} is not served")
-            if section.get("eos_id") in (None, LARGEST):
+            if not isinstance(section.get("eos_id"), int) or section["eos_id"] == LARGEST:
                 raise ValueError(f"{where}: eos_id of text must be said, and not {LARGEST}")
-            values["eos_token_id"] = section["eos_id"]
+            values |= {"eos_token_id": section["eos_id"], "bos_token_id": max(section["eos_id"] - 1, 0)}
         gelu = "gelu_tanh" if section.get("act_kwargs") == GELUS["gelu_tanh"] else "gelu"
         if section.get("act_kwargs") not in (None, {}, GELUS["gelu_tanh"]):
             raise ValueError(f"{where}: act_kwargs of {tower} must be {GELUS['gelu_tanh']} or none")

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmbal.checkpoints.architecture import TOWERS, CLIPArchitecture, Mixture, TextTower, VisionTower
-from mmbal.checkpoints.configuration import FORMAT_VERSION, open_clip_model_config
+from mmbal.checkpoints.configuration import FORMAT_VERSION
+from mmbal.checkpoints.configuration import open_clip_model_config as model_config
 from mmbal.dense import describe_mlp
 from mmbal.files import atomic_folder
 from mmbal.moe import MoEMLP, collect_router, router_losses
@@ -43,7 +44,7 @@ PRECISIONS = {
 
 def build_model(architecture: CLIPArchitecture, device="cpu", dtype=torch.float32) -> open_clip.CLIP:
     """An ``open_clip.CLIP`` with :class:`mmbal.MoEMLP` in the mixture layers; weights are random, on "meta" none."""
-    return _build(open_clip_model_config(architecture), architecture.mixtures, device).to(dtype)
+    return _build(model_config(architecture), architecture.mixtures, device).to(dtype)
 
 
 def _build(model_cfg, mixtures, device, cast_dtype=None):
@@ -115,7 +116,7 @@ def architecture_of(model: nn.Module) -> CLIPArchitecture:
 
 def _config_of(model, architecture):
     """model_cfg with what an architecture does not say."""
-    config = open_clip_model_config(architecture)
+    config = model_config(architecture)
     if isinstance(model, open_clip.CustomTextCLIP):
         config["custom_text"] = True
     if isinstance(model.visual.patch_dropout, PatchDropout):

@@ -98,8 +98,10 @@ class ClusterLabels:
                     if type(getattr(stage, f.name)) is not wanted:
                         raise ValueError(f"{f.name} of a stage must be {f.type}, got {getattr(stage, f.name)!r}")
             rows, min_size = description["rows"], description["min_size"]
-            if type(rows) is not int or type(min_size) is not int or not isinstance(description["pairs"], str):
-                raise ValueError("rows and min_size must be integers, pairs a string")
+            if type(rows) is not int or type(min_size) is not int or min_size < 0:
+                raise ValueError("rows and min_size must be integers of at least 0")
+            if not isinstance(description["pairs"], str):
+                raise ValueError("pairs must be a string")
             index, stage_labels = tensors["index"].numpy(), tensors["stage_labels"].numpy()
             if index.ndim != 1 or not len(index) or (np.diff(index) <= 0).any() or index[0] < 0 or index[-1] >= rows:
                 raise ValueError(f"index must be ascending rows below {rows}")

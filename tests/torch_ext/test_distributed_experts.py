@@ -151,14 +151,14 @@ def train_part(rank, wrap, cut, **options):
 
 def states(rank):
     """The whole state dict of a model with split experts, and that of another one that was given it."""
-    model = replicated(make(seed=7, num_experts=5))
+    model = replicated(make(seed=7, num_experts=5)).module
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    other = replicated(make(seed=8, num_experts=5))
-    given = state if rank == 0 else {}
+    other = replicated(make(seed=8, num_experts=5)).module
+    given = dict(state)  # which it fills with parts
     set_model_state_dict(
         other, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     )
-    return {"whole": state, "again": {name: full(p) for name, p in other.module.named_parameters()}}
+    return {"whole": state, "again": {name: full(p) for name, p in other.named_parameters()}}
 
 
 def first_process_decides(rank):
@@ -225,13 +225,6 @@ def mixed(rank):
     return found
 
 
-def compiled(rank):
-    torch.manual_seed(1)
-    layer = shard_experts(MoEMLP(6, 10, 4).double())
-    x = drawn(rank + 1, 6, seed=rank)
-    return torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
-
-
 def process(rank, folder):
     return {
         "layers": {name: layer_case(rank, **options) for name, options in LAYERS.items()},
@@ -244,7 +237,6 @@ def process(rank, folder):
         "refused": refusals(),
         "outer": message(lambda: DistributedDataParallel(Outer(shard_experts(make())))(*ranks.batch(0, slice(3)))),
         "mixed": mixed(rank),
-        "compiled": compiled(rank),
     }
 
 
@@ -315,10 +307,6 @@ def test_rows_and_experts_are_taken_in_bfloat16_and_gradients_in_float32(four_pr
     torch.testing.assert_close(torch.cat([p["dx"] for p in parts]), x.grad, rtol=0, atol=3e-2)
     assert parts[0]["w1"].dtype == torch.float32
     torch.testing.assert_close(parts[0]["w1"] * W, layer.experts.w1.grad, rtol=0, atol=0.2)
-
-
-def test_a_compiled_layer_is_the_layer(four_processes):
-    assert all(rank["compiled"] for rank in four_processes)
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

@@ -87,8 +87,12 @@ bench-altmoe: $(INSTALLED) ## the part of bench about aligning modalities and se
 	$(VENV)/bin/python tests/bench/altmoe.py $(ARGS)
 
 .PHONY: bench-full
-bench-full: $(INSTALLED) ## benchmarks of every shape, hours; goes on where it was stopped
+bench-full: $(INSTALLED) bench-clip ## benchmarks of every shape, hours; goes on where it was stopped
 	$(VENV)/bin/python tests/bench/run.py --full $(ARGS)
+
+.PHONY: bench-clip
+bench-clip: $(INSTALLED) ## the part of bench-full about a whole step of a ViT-B/16 CLIP-MoE, minutes
+	$(VENV)/bin/python tests/bench/clip_step.py
 
 .PHONY: bench-phases
 bench-phases: $(VENV)/mmbal-tools

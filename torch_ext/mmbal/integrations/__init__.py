@@ -21,5 +21,5 @@ def _registers(module: str):
     return lambda: importlib.import_module(f"{__name__}.{module}").register()
 
 
-when_imported("transformers.models.auto.configuration_auto", _registers("clip_moe_config"))
+when_imported("transformers.models.auto.configuration_auto", _registers("auto_config"))
 when_imported("transformers.integrations.moe", _registers("experts"))

@@ -45,7 +45,9 @@ class _WithMixtures:
 
     def __init__(self, config):
         if not config.mixtures:
-            raise ValueError(f"{type(self).__name__}: the configuration must have a mixture; use CLIP's classes without")
+            raise ValueError(
+                f"{type(self).__name__}: the configuration must have a mixture; use CLIP's classes without"
+            )
         mixtures = {tower: Mixture.from_json(value, tower) for tower, value in config.mixtures.items()}
         options = {tower: _layer_options(mixture) for tower, mixture in mixtures.items()}
         super().__init__(config)
@@ -73,7 +75,7 @@ class CLIPMoEOutput(CLIPOutput):
     """CLIPOutput, and with ``output_router_logits`` what the routers did.
 
     aux_loss : load-balance loss, the mean of the layers' (:func:`mmbal.router_losses`), without its coefficient.
-    router_logits : of every mixture layer [tokens, experts], in the order in which they ran: vision, then text.
+    router_logits : of every mixture layer [tokens, experts], those of the text tower first.
     """
 
     aux_loss: Tensor | None = None

@@ -1,13 +1,10 @@
-"""Configurations of CLIP-MoE for transformers: those of CLIP, and which layers are mixtures.
-
-They need nothing of torch's models, so they are registered with ``AutoConfig`` as soon as transformers has it; the
-models come with the first configuration that is made (:mod:`mmbal.integrations.clip_moe`).
-"""
+"""Configurations of CLIP-MoE for transformers: those of CLIP, and which layers are mixtures."""
 
 from __future__ import annotations
 
 import copy
 import importlib
+from typing import ClassVar
 
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
@@ -62,9 +59,9 @@ class CLIPMoEConfig(_NeedsModels, CLIPConfig):
 
     Parameters
     ----------
-    mixtures : which layers of "vision" and "text" are mixtures, and how: {"vision": {"layers": [0, 1], "num_experts": 4,
-        "top_k": 2, ...}}, the fields of :class:`mmbal.checkpoints.architecture.Mixture`. A tower that is not named
-        stays dense.
+    mixtures : which layers of "vision" and "text" are mixtures, and how: {"vision": {"layers": [0, 1],
+        "num_experts": 4, "top_k": 2, ...}}, the fields of :class:`mmbal.checkpoints.architecture.Mixture`. A tower
+        that is not named stays dense.
     output_router_logits : whether the model returns its router logits and the load-balance loss.
     router_aux_loss_coef : what the load-balance loss is multiplied by where it is added to the loss. 0.01 is DMU's.
     text_config, vision_config, ... : as for CLIPConfig.
@@ -76,7 +73,7 @@ class CLIPMoEConfig(_NeedsModels, CLIPConfig):
     """
 
     model_type = "clip_moe"
-    keys_to_ignore_at_inference = ("router_logits", "aux_loss")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["router_logits", "aux_loss"]
 
     def __init__(self, mixtures=None, output_router_logits=False, router_aux_loss_coef=0.01, **options):
         options.pop("model_type", None)
@@ -125,11 +122,3 @@ def _check(mixture, config, where: str) -> Mixture:
             f"{list(mixture.layers)}"
         )
     return mixture
-
-
-def register() -> None:
-    """Makes the three model types known to ``AutoConfig``."""
-    from transformers import AutoConfig
-
-    for config in (CLIPMoEConfig, CLIPMoEVisionConfig, CLIPMoETextConfig):
-        AutoConfig.register(config.model_type, config)

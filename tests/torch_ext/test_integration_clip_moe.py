@@ -6,6 +6,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, CLIPConfig, CLIPModel
 
 import mmbal
@@ -82,7 +83,7 @@ def test_shards_and_another_dtype_load(moe, tmp_path):
     low = CLIPMoEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert_identical(low, copy.deepcopy(moe).bfloat16())
     low.save_pretrained(tmp_path / "low")
-    assert_identical(AutoModel.from_pretrained(tmp_path / "low"), low)
+    assert_identical(AutoModel.from_pretrained(tmp_path / "low", dtype="auto"), low)
 
 
 def test_loading_builds_on_meta_and_draws_nothing(moe, tmp_path, monkeypatch):
@@ -97,7 +98,8 @@ def test_loading_builds_on_meta_and_draws_nothing(moe, tmp_path, monkeypatch):
     state = torch.get_rng_state()
     loaded = CLIPMoEModel.from_pretrained(tmp_path)
     assert devices == ["meta"] * 3
-    assert torch.equal(torch.get_rng_state(), state)
+    if int(transformers.__version__.partition(".")[0]) >= 5:  # before, CLIP itself draws numbers
+        assert torch.equal(torch.get_rng_state(), state)
     assert_identical(loaded, moe)
 
 
@@ -198,6 +200,8 @@ def test_larger_images_and_a_larger_vocabulary_are_served_as_in_clip(moe, clip_b
     with torch.no_grad():
         features = moe.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
     assert features.shape == (2, 17, 32) and features.isfinite().all()
+    if not hasattr(moe.text_model, "resize_token_embeddings"):
+        pytest.skip("transformers before 5 does not resize a CLIP")
     moe.text_model.resize_token_embeddings(60)
     moe.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)

@@ -64,6 +64,13 @@ def test_an_upcycled_model_still_gives_hidden_states_attentions_and_changes_its_
         assert known is None or known in (upcycled.config, upcycled.config.vision_config, upcycled.config.text_config)
 
 
+def test_transformers_does_not_draw_the_weights_of_an_upcycled_model_again(upcycled):
+    before = copy.deepcopy(as_clip_moe(upcycled))
+    upcycled.init_weights()
+    for name, layer in layers_of(upcycled).items():
+        assert_identical(layer, before.get_submodule(name))
+
+
 def test_a_dense_model_that_shares_the_configuration_stays_dense(make_clip, tmp_path):
     dense = make_clip(0)
     other = CLIPModel(dense.config)
@@ -158,21 +165,26 @@ def test_the_vision_tower_of_a_clip_moe_loads_alone_and_as_the_tower_of_another_
     with torch.no_grad():
         expected = moe.vision_model(clip_batch["pixel_values"]).pooler_output
         assert torch.equal(vision(clip_batch["pixel_values"]).pooler_output, expected)
-    moe.vision_model.save_pretrained(tmp_path / "part")
+    vision.save_pretrained(tmp_path / "part")
     loaded = AutoModel.from_pretrained(tmp_path / "part")
     assert type(loaded) is CLIPMoEVisionModel
     assert_identical(loaded, vision)
 
 
-def test_llava_keeps_a_vision_tower_with_mixtures(moe, tmp_path):
+@pytest.mark.parametrize("when", ["built", "upcycled"])
+def test_llava_keeps_a_vision_tower_with_mixtures(moe, make_clip, tmp_path, when):
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+    vision = (moe if when == "built" else make_clip(0)).config.vision_config
     text = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8
     )
     llava = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=moe.config.vision_config, text_config=text, image_token_id=63, image_seq_length=4)
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=63, image_seq_length=4)
     )
+    if when == "upcycled":
+        tower = mmbal.upcycle(llava.model.vision_tower, layers="last:2")
+        llava.config.vision_config = as_clip_moe(tower).config
     assert len(layers_of(llava)) == 2
     llava.save_pretrained(tmp_path)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)

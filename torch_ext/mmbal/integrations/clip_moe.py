@@ -163,6 +163,9 @@ def as_clip_moe(model: nn.Module) -> nn.Module:
     :class:`CLIPMoEVisionModel`, and so on. Its weights stay the same objects; its configuration is a new one, so that
     other models that share the old one are untouched. Returns ``model``.
 
+    A model around a tower keeps the tower's old configuration until it is told: ``llava.config.vision_config =
+    as_clip_moe(llava.model.vision_tower).config``.
+
     Raises
     ------
     ValueError
@@ -200,6 +203,10 @@ def as_clip_moe(model: nn.Module) -> nn.Module:
     _change_class(model, target)
     for tower in mixtures:
         _change_tower_class(model, tower)
+        for layer in (block.mlp for block in _blocks(model, tower) if type(block.mlp) is MoEMLP):
+            layer.config = new[tower]
+            for module in layer.modules():
+                module._is_hf_initialized = True  # transformers must not draw these weights again
     return model
 
 

@@ -485,6 +485,7 @@ def test_a_file_with_pickled_objects_is_refused_and_nothing_in_it_runs(tmp_path,
         ({"batch": 0}, "batch must be an integer of at least 1"),
         ({"workers": 0}, "workers must be"),
         ({"part": 0}, "part must be"),
+        ({"device": "abacus"}, "device must be a device"),
         ({"dtype": "int8"}, "dtype must be one of float16, float32"),
         ({"autocast": "int8"}, "autocast must be one of"),
         ({"shard": (2, 2)}, "shard must be i/n with i from 0 to n - 1, got 2/2"),
@@ -498,6 +499,29 @@ def test_a_wrong_option_is_named_before_any_work(tmp_path, checkpoint, table, op
     with pytest.raises(ValueError, match=named):
         extract_features(checkpoint, table, tmp_path / "f.safetensors", **QUIET | options)
     assert not (tmp_path / "f.safetensors.parts").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(tmp_path, checkpoint, table):
+    with pytest.raises(ValueError, match="device must be one that is here, got cuda"):
+        extract_features(checkpoint, table, tmp_path / "f.safetensors", device="cuda", **QUIET)
+
+
+def test_autocast_computes_in_the_dtype_that_is_asked_for(tmp_path, checkpoint, table):
+    exact = extract_features(checkpoint, table, tmp_path / "f.safetensors", dtype="float32", **QUIET)
+    found = extract_features(
+        checkpoint, table, tmp_path / "g.safetensors", dtype="float32", autocast="bfloat16", **QUIET
+    )
+    assert found.source.differs_in(exact.source) == ["autocast"]
+    for side in ("images", "texts"):
+        assert 1e-4 < (getattr(found, side) - getattr(exact, side)).abs().max() < 0.1
+
+
+def test_a_model_in_half_precision_takes_images(tmp_path, make_clip, checkpoint, table):
+    exact = extract_features(checkpoint, table, tmp_path / "f.safetensors", **QUIET)
+    half = make_clip(0).to(torch.bfloat16)
+    found = extract_features(half, table, tmp_path / "g.safetensors", tokenizer=checkpoint, **QUIET)
+    torch.testing.assert_close(found.images, exact.images, rtol=0, atol=0.1)
 
 
 def test_a_model_without_a_tokenizer_needs_one(tmp_path, make_clip, table):

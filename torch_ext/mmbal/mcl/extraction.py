@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,43 +168,62 @@ def _prepared(inputs: _Inputs, rows: range, batch: int, pool: ThreadPoolExecutor
             future.cancel()
 
 
-def _unit(features: Tensor, rows: list[int], inputs: _Inputs, side: str) -> Tensor:
-    wrong = ~(features.isfinite().all(1) & (features.norm(dim=1) > 0.5))
-    if wrong.any():
-        name = inputs.pairs.name(rows[int(wrong.int().argmax())])
-        raise ValueError(f"extract_features: {side} features must be finite and not zero, not so {name}")
-    return features
+@dataclass(frozen=True)
+class _Extractor:
+    """Features of a part of the pairs."""
+
+    model: Any
+    inputs: _Inputs
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    autocast: torch.dtype | None
+    skip_broken: bool
+
+    def part(self, piece: range, pool: ThreadPoolExecutor, progress) -> tuple[dict[str, Tensor], list[str]]:
+        """Tensors by the names of _Parts, and why rows were skipped."""
+        nothing = torch.empty(0, self.model.config.projection_dim, dtype=self.dtype)
+        images, texts, index, skipped, reasons = [nothing], [nothing], [], [], []
+        for rows, read in _prepared(self.inputs, piece, self.batch, pool):
+            whole = [i for i, image in enumerate(read) if isinstance(image, Tensor)]
+            for row, image in zip(rows, read, strict=True):
+                if isinstance(image, BrokenImageError):
+                    reason = f"{self.inputs.pairs.name(row)}: the image cannot be read: {image}"
+                    if not self.skip_broken:
+                        raise ValueError(f"extract_features: {reason}")
+                    skipped.append(row)
+                    reasons.append(reason)
+            if whole:
+                kept = [rows[i] for i in whole]
+                found = self._features(torch.stack([read[i] for i in whole]), self.inputs.ids(rows)[whole])
+                images.append(self._unit(found[0], kept, "image"))
+                texts.append(self._unit(found[1], kept, "text"))
+                index += kept
+            progress(len(rows))
+        tensors = (torch.cat(images), torch.cat(texts), torch.tensor(index).long(), torch.tensor(skipped).long())
+        return dict(zip(_Parts.NAMES, tensors, strict=True)), reasons
+
+    def _features(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+            return _embed(self.model, pixels.to(self.device, self.model.dtype), ids.to(self.device))
+
+    def _unit(self, features: Tensor, rows: list[int], side: str) -> Tensor:
+        features = features.cpu()
+        wrong = ~(features.isfinite().all(1) & (features.norm(dim=1) > 0.5))
+        if wrong.any():
+            name = self.inputs.pairs.name(rows[int(wrong.int().argmax())])
+            raise ValueError(f"extract_features: {side} features must be finite and not zero, not so {name}")
+        return features.to(self.dtype)
 
 
-def _part(model, inputs, piece, batch, dtype, autocast, device, skip_broken, pool, progress):
-    images, texts, index, skipped, reasons = [], [], [], [], []
-    cast = torch.autocast(device.type, autocast) if autocast else nullcontext()
-    for part, read in _prepared(inputs, piece, batch, pool):
-        whole = [i for i, image in enumerate(read) if isinstance(image, Tensor)]
-        for i, image in enumerate(read):
-            if isinstance(image, BrokenImageError):
-                reason = f"{inputs.pairs.name(part[i])}: the image cannot be read: {image}"
-                if not skip_broken:
-                    raise ValueError(f"extract_features: {reason}")
-                skipped.append(part[i])
-                reasons.append(reason)
-        if whole:
-            rows = [part[i] for i in whole]
-            pixels, ids = torch.stack([read[i] for i in whole]), inputs.ids(part)[whole]
-            with cast:
-                found = _embed(model, pixels.to(device, model.dtype), ids.to(device))
-            for kept, features, side in zip((images, texts), found, ("image", "text"), strict=True):
-                kept.append(_unit(features.cpu(), rows, inputs, side).to(dtype))
-            index += rows
-        progress(len(part))
-    nothing = torch.empty(0, model.config.projection_dim, dtype=dtype)
-    tensors = {
-        "image_features": torch.cat([nothing, *images]),
-        "text_features": torch.cat([nothing, *texts]),
-        "index": torch.tensor(index, dtype=torch.int64),
-        "skipped": torch.tensor(skipped, dtype=torch.int64),
-    }
-    return tensors, reasons
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"extract_features: device must be a device such as cpu or cuda, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"extract_features: device must be one that is here, got {device}: torch finds no GPU")
+    return device
 
 
 def _processing(model, folder, pairs, image_processor, tokenizer):
@@ -273,7 +293,7 @@ def extract_features(
         if value not in among:
             raise ValueError(f"extract_features: {name} must be one of {', '.join(among)}, got {value!r}")
     check_shard(shard)
-    out, device, say = Path(out), torch.device(device), say or (lambda text: None)
+    out, device, say = Path(out), _device(device), say or (lambda text: None)
     table = read_pairs(pairs, image_column, caption_column, quotes)
     folder = None
     if isinstance(model, (str, os.PathLike)):
@@ -289,6 +309,7 @@ def extract_features(
 
     training = model.training
     model = model.eval().to(device)
+    extractor = _Extractor(model, inputs, batch, DTYPES[dtype], device, AUTOCAST[autocast], skip_broken)
     parts, gathered, reasons = _Parts(out, source, rows, part), [], []
     try:
         with (
@@ -298,10 +319,7 @@ def extract_features(
             for piece in parts.pieces:
                 found = parts.read(piece)
                 if found is None or (found[1] and not skip_broken):  # images may have been repaired
-                    cast = AUTOCAST[autocast]
-                    found = _part(
-                        model, inputs, piece, batch, DTYPES[dtype], cast, device, skip_broken, pool, bar.update
-                    )
+                    found = extractor.part(piece, pool, bar.update)
                     parts.write(piece, *found)
                 else:
                     bar.update(len(piece))

@@ -28,7 +28,7 @@ def _process(rank, function, count, folder):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(os.path.join(folder, "store"), count)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(minutes=5))
     torch.save(function(rank, folder), os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Experts split over four gloo processes against one process with all experts and all rows."""
 
 import warnings
+from inspect import signature
 
 import pytest
 import torch
@@ -77,6 +78,8 @@ LAYERS = {
     "fewer experts than processes": {"num_experts": 2},
     "every expert": {"top_k": 4},
     "no biases": {"bias": False, "router_bias": False},
+    "shared expert": {"shared_expert": True, "shared_weight": 0.3},
+    "shared expert, processes without": {"shared_expert": True, "num_experts": 2, "counts": (4, 0, 3, 2)},
     "frozen experts": {"frozen": True},
     "frozen experts, nothing below": {"frozen": True, "x_grad": False},
     "nothing below": {"x_grad": False},
@@ -85,6 +88,8 @@ LAYERS = {
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"dtype": "float32"},
 }
+if "shared_expert" not in signature(MoEMLP).parameters:
+    LAYERS = {name: options for name, options in LAYERS.items() if "shared_expert" not in options}
 
 
 def with_dropout(rank, **options):
@@ -190,11 +195,10 @@ class Outer(nn.Module):
         return self.model(*x)
 
 
-def taken_over():
-    model = make()
-    for block in shard_experts(model).all_blocks():
-        fully_shard(block)
-    model(*ranks.batch(0, slice(3)))
+def replaced():
+    layer = shard_experts(MoEMLP(8, 12, 4))
+    layer.load_state_dict(MoEMLP(8, 12, 4).state_dict(), assign=True)
+    layer(torch.zeros(2, 8))
 
 
 def refusals():
@@ -207,6 +211,7 @@ def refusals():
         "after fully_shard": message(shard_experts, blocks),
         "mesh": message(shard_experts, make(), init_device_mesh("cpu", (2, 1, 2))),
         "dense": message(sharded.images.blocks[0].mlp.to_dense, 0),
+        "replaced": message(replaced),
         "width": message(sharded.images.blocks[0].mlp, torch.zeros(3, 5)),
     }
 
@@ -354,6 +359,7 @@ def test_the_norm_counts_split_gradients_once_and_clips_all(four_processes):
         "no mixture": "model must have MoEMLP layers, Linear has none",
         "after fully_shard": "call it before fully_shard",
         "mesh": "must have one or two dimensions and all 4 processes, got (2, 1, 2)",
+        "replaced": "load weights with torch.distributed.checkpoint.state_dict.set_model_state_dict",
         "dense": "load the full state dict first",
         "width": "x must be [..., 8], got [3, 5]",
     }.items(),
@@ -361,6 +367,11 @@ def test_the_norm_counts_split_gradients_once_and_clips_all(four_processes):
 def test_what_cannot_be_served_is_refused(four_processes, case, words):
     for rank in four_processes:
         assert words in rank["refused"][case]
+
+
+def test_data_parallel_of_a_module_around_the_split_one_does_not_average_its_experts(four_processes):
+    """DistributedDataParallel refuses DTensors that it was not told to leave alone."""
+    assert all("DTensor" in rank["outer"] for rank in four_processes)
 
 
 def test_split_experts_need_processes():

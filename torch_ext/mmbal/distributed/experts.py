@@ -33,7 +33,11 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh | None = None, param_dtype:
 
     Expert weights become DTensors, cut in dimension 0, with the values of the first process. So
     ``torch.distributed.checkpoint`` saves them, and ``get_model_state_dict`` with ``full_state_dict=True`` gives the
-    state dict of the whole model, which ``set_model_state_dict`` takes back.
+    state dict of the whole model, which ``set_model_state_dict`` takes back; give them the model itself, not its
+    DistributedDataParallel.
+
+    Before: ``freeze_except_router``, which compares whole experts. A shared expert belongs to the owner of the last
+    experts, which gets a row of every token.
 
     Gradients: those of the experts are averaged over the processes here, in the backward. Call this on the module that
     DistributedDataParallel is given: it is told to leave the experts alone. For ``fully_shard`` say
@@ -115,8 +119,8 @@ def mix_sharded(
     w1 = experts.w1
     if not isinstance(w1, DTensor):
         raise RuntimeError(
-            "shard_experts: the split experts were taken over: give DistributedDataParallel the module that "
-            "shard_experts was given, and fully_shard ignored_params=set(expert_parameters(model).values())"
+            "shard_experts: split experts were replaced by whole ones; load weights with "
+            "torch.distributed.checkpoint.state_dict.set_model_state_dict"
         )
     mesh = w1.device_mesh
     group = mesh.get_group(mesh.ndim - 1)

@@ -145,7 +145,7 @@ def upcycle(
     if type(model).__module__.startswith("transformers.models.clip."):
         from mmbal.integrations import clip_moe
 
-        if type(model) in clip_moe._CLASSES:
+        if type(model) in clip_moe.CLASSES:
             clip_moe.as_clip_moe(model)
     return model
 

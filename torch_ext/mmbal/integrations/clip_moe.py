@@ -148,7 +148,7 @@ class CLIPMoETextModelWithProjection(_WithMixtures, CLIPTextModelWithProjection)
     config_class = CLIPMoETextConfig
 
 
-_CLASSES = {
+CLASSES = {
     CLIPModel: CLIPMoEModel,
     CLIPVisionModel: CLIPMoEVisionModel,
     CLIPTextModel: CLIPMoETextModel,
@@ -173,9 +173,9 @@ def as_clip_moe(model: nn.Module) -> nn.Module:
         differ in their options, for an ``mlp`` that is something else, and where there is no mixture. Nothing is
         changed then.
     """
-    target = type(model) if type(model) in _CLASSES.values() else _CLASSES.get(type(model))
+    target = type(model) if type(model) in CLASSES.values() else CLASSES.get(type(model))
     if target is None:
-        names = ", ".join(cls.__name__ for cls in _CLASSES)
+        names = ", ".join(cls.__name__ for cls in CLASSES)
         raise ValueError(f"as_clip_moe: model must be of class {names} of transformers, got {type(model).__name__}")
     whole = target is CLIPMoEModel
     towers = TOWERS if whole else (target.config_class.tower,)
@@ -218,8 +218,8 @@ def _blocks(model, tower: str) -> nn.ModuleList:
 def _change_tower_class(model, tower: str) -> None:
     """Inside a whole model; before transformers 5 the towers there are no models of their own."""
     part = getattr(model, f"{tower}_model", None)
-    if type(part) in _CLASSES:
-        _change_class(part, _CLASSES[type(part)])
+    if type(part) in CLASSES:
+        _change_class(part, CLASSES[type(part)])
 
 
 def _change_class(model, target: type) -> None:
@@ -319,7 +319,7 @@ def _register() -> None:
         )
     except ImportError:  # before transformers 5 the names in the model are those in the file
         return
-    for plain, mixed in _CLASSES.items():
+    for plain, mixed in CLASSES.items():
         if mapping := get_checkpoint_conversion_mapping(plain.__name__):
             register_checkpoint_conversion_mapping(mixed.__name__, mapping)
 

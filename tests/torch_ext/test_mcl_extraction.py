@@ -557,7 +557,7 @@ def test_what_the_command_cannot_use_is_said_without_a_traceback(tmp_path, check
     spoil(tmp_path / "pictures")
     for options, code, named in [
         (["--model", tmp_path / "none", "--pairs", table], 1, "none"),
-        (["--model", tmp_path / "pictures", "--pairs", table], 1, "cannot be loaded"),
+        (["--model", tmp_path / "pictures", "--pairs", table], 1, "must be a folder with"),
         (["--model", checkpoint, "--pairs", tmp_path / "none.tsv"], 1, "none.tsv"),
         (["--model", checkpoint, "--pairs", tmp_path / "none.npz"], 1, "none.npz"),
         (["--model", checkpoint, "--pairs", tmp_path], 1, "pairs must be a .tsv"),

@@ -8,8 +8,6 @@ import shlex
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-import typer
-
 from mmbal.cli import app
 from mmbal.files import replace_file
 
@@ -39,11 +37,9 @@ class Shell:
         try:
             with _inside(folder), redirect_stdout(output):
                 code = app(shlex.split(line)[1:], standalone_mode=False) or 0
-        except typer.Abort:
-            code = 130
         finally:
             print(output.getvalue(), end="", flush=True)
-        if code == 130:
+        if code == 130:  # typer's, and what commands end with, when they are interrupted
             raise KeyboardInterrupt
         if code != expected:
             raise CommandError(f"{line}: ended with {code}, expected {expected}")
@@ -54,9 +50,9 @@ class Shell:
         again = self.folder.relative_to(path.parent) / "again"
         head = [
             "#!/bin/sh",
-            "# What `mmbal demo` did with commands; what it did in Python between them, training above all, stands in comments.",
-            f"# `sh {path.name}` does the commands again, on the models of that run, in a new folder:",
-            f"# {again}",
+            "# What `mmbal demo` did with commands. What it did in Python between them, above all training, is said in",
+            f"# comments. `sh {path.name}` does the commands again, with the models of that run, in a new folder,",
+            f"# {again}.",
             "set -e",
             'cd "$(dirname "$0")"',
             f"mkdir {again}",

@@ -133,12 +133,16 @@ def demo(
 ):
     """Upcycles a small CLIP into a mixture of experts on real image-caption pairs and reports what it gained."""
     from mmbal.demo.run import run_demo
+    from mmbal.demo.shell import CommandError
 
     recipe = _recipe(changes or [], quick)
     try:
         run_demo(out, seed=seed, quick=quick, train_parent=train_parent, recipe=recipe)
     except KeyboardInterrupt:  # run_demo has said what is kept
         raise typer.Exit(130) from None
+    except CommandError as error:  # the command itself has said why
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 app.registered_commands += checkpoints.app.registered_commands

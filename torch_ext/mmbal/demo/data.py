@@ -175,6 +175,12 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     return ids
 
 
+def prepared(pairs: Pairs, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+    """Pictures and fixed captions as `mmbal mcl extract` takes them: what a CLIP sees in every evaluation."""
+    ids = encode(tokenizer, [caption.fixed() for caption in pairs.captions])
+    return {"pixel_values": normalize(pairs.images), "input_ids": ids}
+
+
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 or float 0..255 [B, 3, 48, 48] -> float32 in [-1, 1]; white paper is 1."""
     return images.float() / 127.5 - 1.0

@@ -6,7 +6,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import CLIPModel
 
-from .data import Pairs, encode, normalize
+from mmbal.moe import collect_router
+
+from .data import PAD, Pairs, prepared
 from .model import embed_images, embed_texts
 
 RANKS = (1, 5, 10)
@@ -27,9 +29,9 @@ def features(
     """Unit vectors of images and of fixed captions, [n, P] each."""
     was_training = model.training
     model.eval()
-    ids = encode(tokenizer, [caption.fixed() for caption in pairs.captions])
-    images = [embed_images(model, normalize(part)) for part in pairs.images.split(batch_size)]
-    texts = [embed_texts(model, part) for part in ids.split(batch_size)]
+    inputs = prepared(pairs, tokenizer)
+    images = [embed_images(model, part) for part in inputs["pixel_values"].split(batch_size)]
+    texts = [embed_texts(model, part) for part in inputs["input_ids"].split(batch_size)]
     model.train(was_training)
     return torch.cat(images), torch.cat(texts)
 
@@ -44,3 +46,18 @@ def retrieval(model: CLIPModel, tokenizer: Tokenizer, pairs: Pairs) -> dict[str,
 def mean_recall(result: dict[str, dict[str, float]]) -> float:
     """The mean of the six recalls."""
     return sum(value for side in result.values() for value in side.values()) / (2 * len(RANKS))
+
+
+@torch.no_grad()
+def expert_usage(model: CLIPModel, tokenizer: Tokenizer, pairs: Pairs, batch_size: int = 300) -> dict[str, list[float]]:
+    """Share of the routed tokens that each expert takes, by layer; padding of captions is not counted."""
+    inputs, counts = prepared(pairs, tokenizer), {}
+    for embed, name in ((embed_images, "pixel_values"), (embed_texts, "input_ids")):
+        for part in inputs[name].split(batch_size):
+            with collect_router(model) as routers:
+                embed(model, part)
+            for record in routers:
+                if embed is embed_texts:
+                    record = record._replace(token_mask=(part != PAD).flatten())
+                counts[record.name] = counts.get(record.name, 0) + record.counts
+    return {name: (count / count.sum()).tolist() for name, count in counts.items()}

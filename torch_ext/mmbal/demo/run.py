@@ -1,30 +1,31 @@
-"""`mmbal demo`: upcycle a small pretrained CLIP into a mixture of experts and compare it with its baselines."""
+"""`mmbal demo`: upcycle a small pretrained CLIP into a mixture of experts and compare it with its baselines.
+
+What concerns checkpoints and clusters is done by commands of mmbal on files; training and evaluation is done here.
+"""
 
 from __future__ import annotations
 
-import copy
 import os
+import shlex
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import CLIPModel
 
 from mmbal.checkpoints import save_clip_moe
-from mmbal.moe import collect_router
 
 from . import stages
-from .data import ASSETS, PAD, Pairs, encode, load_splits, normalize
-from .evaluate import mean_recall, retrieval
-from .model import embed_images, embed_texts, load_parent
+from .data import ASSETS, Splits, load_splits
+from .evaluate import expert_usage, mean_recall, retrieval
+from .model import load_parent
 from .parent import ParentRecipe
 from .parent import train_parent as make_parent
 from .report import machine, markdown, versions, write_report
-from .store import Store, fingerprint
+from .store import fingerprint
+from .workshop import Workshop
 
 
 def run_demo(
@@ -47,7 +48,8 @@ def run_demo(
         print(f"\nInterrupted. What is finished is kept in {out}; the same command goes on from there.")
         raise
     print(markdown(report))
-    print(f"{time.perf_counter() - started:.0f} s. Written to {out}: clip_moe/, report.md, report.json, two pictures.")
+    made = "clip_moe/, report.md, report.json, commands.sh, two pictures"
+    print(f"{time.perf_counter() - started:.0f} s. Written to {out}: {made}.")
     return report
 
 
@@ -64,120 +66,111 @@ def _parent_folder(out: Path, quick: bool, train_parent: bool) -> Path:
 def _run(out: Path, seed: int, recipe: stages.Recipe, parent_folder: Path) -> dict:
     splits = load_splits()
     parent, tokenizer = load_parent(parent_folder)
-    trainer = stages.Trainer(recipe, splits.train, tokenizer, seed)
     inputs = [parent_folder / name for name in ("parent.safetensors", "parent_config.json", "tokenizer.json")]
     inputs += [path for path in sorted(ASSETS.iterdir()) if path.suffix in (".png", ".tsv")]
     mark = fingerprint({"recipe": asdict(recipe), "seed": seed, "versions": versions()}, *inputs)
-    store, costs = Store(out / "stages" / mark), {}
+    work = Workshop(out / "stages" / mark, stages.Trainer(recipe, splits.train, tokenizer, seed), parent)
 
-    def trained(name: str, steps: int, build: Callable[[], CLIPModel], train: Callable[[], stages.Outcome]):
-        """The model of a stage: from disk into build(), or from train()."""
-        made: list[CLIPModel] = []
-
-        def compute():
-            outcome = train()
-            made.append(outcome.model)
-            cost = {
-                "steps": steps,
-                "seconds": outcome.seconds,
-                "tokens_per_second": outcome.tokens / max(outcome.seconds, 1e-9),
-            }
-            return outcome.model.state_dict(), cost
-
-        tensors, costs[name] = store.stage(name, compute)
-        if made:
-            return made[0].eval()
-        model = build()
-        model.load_state_dict(tensors)
-        return model.eval()
-
-    def dense() -> CLIPModel:
-        return copy.deepcopy(parent)
-
-    experts: list[CLIPModel] = []
-    labels: list[torch.Tensor] = []
-    for stage in range(1, recipe.mcl_stages + 1):
-        before = experts[-1] if experts else parent
-
-        def clusters(before=before, stage=stage):
-            began = time.perf_counter()
-            found = torch.from_numpy(stages.cluster(trainer, before, stage))
-            return {"labels": found}, {"steps": 0, "seconds": time.perf_counter() - began}
-
-        tensors, costs[f"clusters_{stage}"] = store.stage(f"clusters_{stage}", clusters)
-        labels.append(tensors["labels"])
-        arrays = [part.numpy() for part in labels]
-        experts.append(
-            trained(
-                f"mcl_{stage}",
-                recipe.mcl_steps,
-                dense,
-                lambda arrays=arrays, stage=stage: stages.mcl_stage(trainer, parent, arrays, stage),
-            )
-        )
-
-    def assembled() -> CLIPModel:
-        return stages.assemble(trainer, parent, experts)
-
-    routed = trained("router", recipe.router_steps, assembled, lambda: stages.train_router(trainer, assembled()))
-    clip_moe = routed
-    if recipe.final_steps:
-        clip_moe = trained(
-            "everything",
-            recipe.final_steps,
-            assembled,
-            lambda: stages.train_everything(trainer, copy.deepcopy(routed)),
-        )
-    total = recipe.total_steps
+    experts = _experts(work)
+    mixture = _mixture(work, list(experts))
     variants = {
         "dense": parent,
-        "dense_continued": trained("dense_continued", total, dense, lambda: stages.continue_dense(trainer, parent)),
-        "sparse_upcycling": trained(
-            "sparse_upcycling", total, assembled, lambda: stages.sparse_upcycling(trainer, parent)
-        ),
-        "clip_moe": clip_moe,
+        "dense_continued": work.trained("dense_continued", recipe.total_steps, stages.continue_dense, "parent"),
+        "sparse_upcycling": _sparse_upcycling(work),
+        "clip_moe": mixture,
     }
-    save_clip_moe(clip_moe, out / "clip_moe")
+    save_clip_moe(mixture, out / "clip_moe")
     tokenizer.save(str(out / "clip_moe" / "tokenizer.json"))
+    work.shell.comment("The result")
+    work.shell.script += ["cd ../../..", "mmbal inspect clip_moe"]
+    work.shell.run("mmbal inspect clip_moe", folder=out)
+    work.shell.write(out / "commands.sh", needed=["pairs.safetensors", "parent", *experts])
+
+    also = {**experts, "clip_moe_untrained_router": work.load("assembled")}
+    report = _evaluate(work, variants, also, splits, tokenizer)
+    write_report(out, report)
+    return report
+
+
+def _experts(work: Workshop) -> dict[str, CLIPModel]:
+    """MCL: one expert a stage, trained on clusters of the pairs by features of the models before it."""
+    recipe, experts, before, earlier = work.trainer.recipe, {}, "parent", ""
+    for stage in range(1, recipe.mcl_stages + 1):
+        name, features, labels = f"mcl_{stage}", f"features_{stage}.safetensors", f"labels_{stage}.safetensors"
+        work.shell.comment(f"Stage {stage} of MCL: clusters by the features of {before}")
+        work.commanded(
+            f"clusters_{stage}",
+            [features, labels],
+            f"mmbal mcl extract --model {before} --pairs pairs.safetensors --batch 300 --dtype float32"
+            f" --out {features}",
+            f"mmbal mcl cluster --features {features}{earlier} --clusters {recipe.clusters}"
+            f" --seed {work.trainer.seed} --min-size {recipe.batch} --batch {recipe.batch} --out {labels}",
+        )
+        work.shell.comment(f"Python: trains the FFNs of parent on batches drawn by {labels}; this is {name}.")
+        labels_file = work.folder / labels
+        experts[name] = work.trained(name, recipe.mcl_steps, stages.mcl_stage, "parent", labels_file, stage)
+        work.differ_in_ffns("parent", name)
+        before, earlier = name, f" --labels {labels}"
+    return experts
+
+
+def _upcycle(work: Workshop, experts: str, out: str) -> None:
+    recipe = work.trainer.recipe
+    work.commanded(
+        out,
+        [out],
+        f"mmbal upcycle --base parent {experts} --top-k {recipe.top_k} --layers {shlex.quote(recipe.layers)}"
+        f" --router-init uniform --seed {work.trainer.seed} --format transformers --verify 64 --out {out}",
+    )
+
+
+def _mixture(work: Workshop, experts: list[str]) -> CLIPModel:
+    """DMU: every FFN becomes the parent's and those of all stages behind a random router, which is trained."""
+    recipe = work.trainer.recipe
+    work.shell.comment("DMU: every FFN becomes E experts (the parent's and one of each stage) behind a random router")
+    _upcycle(work, f"--experts {' '.join(experts)}", "assembled")
+    work.shell.comment("Python: trains the routers of assembled; this is clip_moe.")
+    mixture = work.trained("router", recipe.router_steps, stages.train_router, "assembled")
+    if recipe.final_steps:
+        mixture = work.trained("everything", recipe.final_steps, stages.train_everything, "router")
+    return mixture
+
+
+def _sparse_upcycling(work: Workshop) -> CLIPModel:
+    recipe = work.trainer.recipe
+    work.shell.comment("The baseline sparse upcycling: E copies of each FFN, of which Python then trains everything")
+    _upcycle(work, f"--num-experts {1 + recipe.mcl_stages}", "copies")
+    return work.trained("sparse_upcycling", recipe.total_steps, stages.sparse_upcycling, "copies")
+
+
+def _evaluate(
+    work: Workshop,
+    variants: dict[str, CLIPModel],
+    also: dict[str, CLIPModel],
+    splits: Splits,
+    tokenizer: Tokenizer,
+) -> dict:
+    """The report; models in `also` are evaluated on the validation pairs alone."""
     began = time.perf_counter()
-    also = {f"mcl_{stage}": expert for stage, expert in enumerate(experts, start=1)}
-    also["clip_moe_untrained_router"] = assembled()
     on_test, on_validation = {}, {}
     for name, model in tqdm({**variants, **also}.items(), desc=f"{'evaluation':24s}"):
         on_validation[name] = mean_recall(retrieval(model, tokenizer, splits.validation))
         if name in variants:
             on_test[name] = retrieval(model, tokenizer, splits.test)
-    usage = expert_usage(clip_moe, tokenizer, splits.test)
-    costs["evaluation"] = {"steps": 0, "seconds": time.perf_counter() - began}
+    usage = expert_usage(variants["clip_moe"], tokenizer, splits.test)
+    costs = work.costs | {"evaluation": {"steps": 0, "seconds": time.perf_counter() - began}}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
-    report = {
+    recipe = work.trainer.recipe
+    return {
         "variants": on_test,
         "validation_mean_of_six": on_validation,
         "expert_usage": usage,
         "seconds": seconds | {"total": sum(seconds.values())},
         "stages": costs,
         "test_pairs": len(splits.test),
-        "seed": seed,
+        "seed": work.trainer.seed,
         "recipe": asdict(recipe),
-        "recipe_total_steps": total,
+        "recipe_total_steps": recipe.total_steps,
         "machine": machine(),
         "versions": versions(),
     }
-    write_report(out, report)
-    return report
-
-
-@torch.no_grad()
-def expert_usage(model: CLIPModel, tokenizer: Tokenizer, pairs: Pairs) -> dict[str, list[float]]:
-    """Share of the routed tokens that each expert takes, by layer; padding of captions is not counted."""
-    ids = encode(tokenizer, [caption.fixed() for caption in pairs.captions])
-    counts: dict[str, torch.Tensor] = {}
-    for embed, batches in ((embed_images, normalize(pairs.images).split(300)), (embed_texts, ids.split(300))):
-        for part in batches:
-            with collect_router(model) as routers:
-                embed(model, part)
-            for record in routers:
-                if embed is embed_texts:
-                    record = record._replace(token_mask=(part != PAD).flatten())
-                counts[record.name] = counts.get(record.name, 0) + record.counts
-    return {name: (count / count.sum()).tolist() for name, count in counts.items()}

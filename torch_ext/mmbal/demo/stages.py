@@ -1,18 +1,17 @@
 """The stages that turn the dense parent into CLIP-MoE, and the baselines it is compared with.
 
-Each stage is a function from models to a model, with its own random numbers: a stage gives the same result
-whether the stages before it ran just now or were loaded from disk.
+Each stage trains a model in place, with its own random numbers: what it gives does not depend on what ran before it.
 
 Shapes: n training pairs, E experts.
 """
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +22,8 @@ from transformers import CLIPModel
 
 from mmbal import mcl
 from mmbal.moe import freeze_except_router
-from mmbal.upcycling import upcycle
 
 from .data import Pairs
-from .evaluate import features
 from .training import Epochs, adamw, optimise
 
 
@@ -145,30 +142,15 @@ def _cluster_batches(labels: np.ndarray, batch: int, seed: int) -> Iterator[list
         epoch += 1
 
 
-def cluster(trainer: Trainer, model: CLIPModel, stage: int) -> np.ndarray:
-    """Joint cluster of every training pair under `model`: text cluster x image cluster, int [n]."""
-    images, texts = features(model, trainer.tokenizer, trainer.pairs)
-    return mcl.cluster_features(images, texts, trainer.recipe.clusters, seed=mcl.stage_seed(trainer.seed, stage))
-
-
-def mcl_stage(trainer: Trainer, parent: CLIPModel, labels: list[np.ndarray], stage: int) -> Outcome:
+def mcl_stage(trainer: Trainer, model: CLIPModel, labels: Path, stage: int) -> Outcome:
     """Expert `stage` (from 1): the parent with its FFNs trained on batches from one accumulated cluster.
 
-    `labels` are the joint clusters of all models before it. Every stage starts from the parent, as published.
+    `labels`: the file that `mmbal mcl cluster` made of the features of all models before it. Every stage starts from
+    the parent, as published.
     """
     recipe = trainer.recipe
-    radices = [recipe.clusters**2] * len(labels)
-    accumulated = mcl.merge_small_clusters(labels, radices, min_size=recipe.batch)
-    model = copy.deepcopy(parent)
-    trained = _named(model, mcl.ffn_parameters(model))
-    return trainer.fit(f"MCL stage {stage}", model, trained, recipe.mcl_steps, recipe.mcl_learning_rate, accumulated)
-
-
-def assemble(trainer: Trainer, parent: CLIPModel, experts: list[CLIPModel]) -> CLIPModel:
-    """DMU: every FFN becomes E experts (the parent's and one of each MCL stage) behind a random router."""
-    recipe = trainer.recipe
-    model = copy.deepcopy(parent)
-    return upcycle(model, experts, top_k=recipe.top_k, layers=recipe.layers, seed=trainer.seed)
+    trained, clusters = _named(model, mcl.ffn_parameters(model)), mcl.load_labels(labels)
+    return trainer.fit(f"MCL stage {stage}", model, trained, recipe.mcl_steps, recipe.mcl_learning_rate, clusters)
 
 
 def train_router(trainer: Trainer, model: CLIPModel) -> Outcome:
@@ -202,25 +184,17 @@ def train_everything(trainer: Trainer, model: CLIPModel) -> Outcome:
     )
 
 
-def continue_dense(trainer: Trainer, parent: CLIPModel) -> Outcome:
+def continue_dense(trainer: Trainer, model: CLIPModel) -> Outcome:
     """Baseline: the dense parent trained on for all the steps that CLIP-MoE spends."""
-    recipe, model = trainer.recipe, copy.deepcopy(parent)
+    recipe = trainer.recipe
     return trainer.fit(
         "dense, trained on", model, _all_but_scale(model), recipe.total_steps, recipe.dense_learning_rate
     )
 
 
-def sparse_upcycling(trainer: Trainer, parent: CLIPModel) -> Outcome:
+def sparse_upcycling(trainer: Trainer, model: CLIPModel) -> Outcome:
     """Baseline: E copies of each FFN behind a random router, everything trains for as many steps."""
     recipe = trainer.recipe
-    model = upcycle(
-        copy.deepcopy(parent),
-        num_experts=1 + recipe.mcl_stages,
-        expert_init="copy",
-        top_k=recipe.top_k,
-        layers=recipe.layers,
-        seed=trainer.seed,
-    )
     return trainer.fit(
         "sparse upcycling",
         model,

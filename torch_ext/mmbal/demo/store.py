@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from mmbal.files import replace_file
-
-Tensors = dict[str, torch.Tensor]
 
 
 def fingerprint(settings: dict, *files: Path) -> str:
@@ -24,22 +20,28 @@ def fingerprint(settings: dict, *files: Path) -> str:
 
 
 class Store:
-    """A folder with NAME.safetensors and NAME.json a stage; the JSON is written last and makes a stage valid.
+    """A folder with the files and folders that stages wrote and NAME.json of each; that is written last and makes a
+    stage valid.
 
     Each recipe, seed and set of inputs has a folder of its own (see `fingerprint`): no run touches another's stages.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
 
-    def stage(self, name: str, compute: Callable[[], tuple[Tensors, dict]]) -> tuple[Tensors, dict]:
-        """Load the stage if it is there, else compute and save it: (tensors, information)."""
-        weights, note = self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
-        if note.exists() and weights.exists():
-            return load_file(weights), json.loads(note.read_text(encoding="utf-8"))
-        note.unlink(missing_ok=True)  # from here on the weights belong to no finished stage
-        tensors, information = compute()
-        replace_file(weights, lambda file: save_file({k: v.contiguous() for k, v in tensors.items()}, file))
+    def stage(self, name: str, outputs: Sequence[str], make: Callable[[], dict]) -> dict:
+        """What make() said once it had written `outputs` here, in this run or in an earlier one."""
+        note, written = self.folder / f"{name}.json", [self.folder / output for output in outputs]
+        if note.exists() and all(path.exists() for path in written):
+            return json.loads(note.read_text(encoding="utf-8"))
+        note.unlink(missing_ok=True)  # from here on the outputs belong to no finished stage
+        for path in written:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        information = make()
         text = json.dumps(information, indent=2) + "\n"
         replace_file(note, lambda file: file.write_text(text, encoding="utf-8"))
-        return tensors, information
+        return information

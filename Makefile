@@ -91,8 +91,9 @@ bench-full: $(INSTALLED) bench-clip ## benchmarks of every shape, hours; goes on
 	$(VENV)/bin/python tests/bench/run.py --full $(ARGS)
 
 .PHONY: bench-clip
-bench-clip: $(INSTALLED) ## the part of bench-full about a whole step of a ViT-B/16 CLIP-MoE, minutes
+bench-clip: $(INSTALLED) ## the part of bench-full about real CLIPs: a step of a ViT-B/16, upcycling a ViT-L/14; minutes
 	$(VENV)/bin/python tests/bench/clip_step.py
+	$(VENV)/bin/python tests/bench/upcycle_l14.py
 
 .PHONY: bench-phases
 bench-phases: $(VENV)/mmbal-tools

@@ -1,5 +1,5 @@
-"""Upcycling at real size: a CLIP ViT-L/14 and three experts with random weights become a CLIP-MoE, by the command a user
-types; its peak of anonymous memory over the size of the file it writes. Needs 15 GB of disk."""
+"""Upcycling at real size: a CLIP ViT-L/14 and three experts with random weights become a CLIP-MoE, by the command
+that a user types; its peak of anonymous memory over the size of the file it writes. Needs 15 GB of disk."""
 
 from __future__ import annotations
 

@@ -2,14 +2,19 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from transformers import CLIPConfig, CLIPModel
+from transformers import AutoModel, CLIPConfig, CLIPModel
+from typer.testing import CliRunner
 
 import mmbal
+from mmbal.checkpoints import write_checkpoint
+from mmbal.cli import app
+from test_checkpoints_upcycling import clip_of_77, siblings_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +50,25 @@ def test_the_recipe_of_the_readme_trains_routers_and_saves_a_model_that_loads(mo
     moved = {n for (n, a), b in zip(clip.named_parameters(), untrained.parameters(), strict=True) if not a.equal(b)}
     assert moved and all(".router." in name for name in moved)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in clip.state_dict().items())
+
+
+def test_the_commands_of_the_readme_make_a_clip_moe_that_transformers_loads(monkeypatch, tmp_path):
+    section = re.search(r"^## From checkpoints to a CLIP-MoE.*?^## ", (ROOT / "README.md").read_text(), re.S | re.M)[0]
+    commands = re.findall(r"^    mmbal (.*)$", section, flags=re.M)
+    assert [command.split()[0] for command in commands] == ["upcycle", "inspect", "convert", "diff"]
+    monkeypatch.chdir(tmp_path)
+    base = clip_of_77()
+    write_checkpoint(base, "base.pt", "openai")
+    for j, stage in enumerate(siblings_of(base, 3), start=1):
+        write_checkpoint(stage, f"stage{j}.pt", "openai")
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == (1 if command.startswith("diff") else 0), result.output  # they differ
+    assert "They differ in their FFNs only" in result.output
+    clip = AutoModel.from_pretrained("clip-moe")
+    assert isinstance(clip, mmbal.integrations.clip_moe.CLIPMoEModel)
+    assert clip.config.text_config.max_position_embeddings == 248
+    assert clip.text_model.encoder.layers[1].mlp.experts.w1.shape == (4, 160, 128)
 
 
 class ThreeModalities(torch.nn.Module):

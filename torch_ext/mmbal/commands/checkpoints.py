@@ -294,8 +294,8 @@ def diff(
 
     with _refusals():
         reading = {"activation": activation, "allow_jit": allow_jit}
-        first = _open(a, format=from_format, **reading)
-        groups = compare(first, _open(b, **reading))
+        first, second = (_open(path, format="auto" if path.is_dir() else from_format, **reading) for path in (a, b))
+        groups = compare(first, second)
         console = _console()
         table = Table("", "tensors", "differ", "largest difference", "relative distance", box=None, pad_edge=False)
         for group in groups:

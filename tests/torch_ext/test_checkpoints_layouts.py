@@ -28,6 +28,29 @@ def test_the_published_l14_has_915_tensors_and_1_202_429_441_parameters():
     assert count_parameters(architecture, "vision").active == 505_513_984
 
 
+def published_names(vision_layers=24, text_layers=12, experts=4):
+    """The published state dict, name by name, as its description (spec, 4.1) lists it."""
+    both = ("weight", "bias")
+    names = {"positional_embedding", "positional_embedding_res", "text_projection", "logit_scale"}
+    names |= {"token_embedding.weight", "visual.class_embedding", "visual.positional_embedding", "visual.proj"}
+    names |= {"visual.conv1.weight"}
+    names |= {f"{norm}.{kind}" for norm in ("ln_final", "visual.ln_pre", "visual.ln_post") for kind in both}
+    for tower, layers in (("visual.transformer", vision_layers), ("transformer", text_layers)):
+        for n in range(layers):
+            block = f"{tower}.resblocks.{n}"
+            names |= {f"{block}.attn.in_proj_{kind}" for kind in both}
+            names |= {f"{block}.{part}.{kind}" for part in ("attn.out_proj", "ln_1", "ln_2") for kind in both}
+            names.add(f"{block}.gate.weight")
+            for j in range(experts):
+                names |= {f"{block}.experts.{j}.{part}.{kind}" for part in ("c_fc", "c_proj") for kind in both}
+    return names
+
+
+def test_the_names_are_those_of_the_published_state_dict():
+    assert {binding.name for binding in bindings(published_l14(), "clipmoe")} == published_names()
+    assert len(published_names()) == 915
+
+
 def test_the_dense_l14_has_427_616_513_parameters_and_stretching_adds_321_792():
     assert count_parameters(L14).total == count_parameters(L14).active == 427_616_513
     stretched = replace(L14, text=replace(L14.text, context_length=248, kept_positions=20))

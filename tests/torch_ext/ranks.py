@@ -20,11 +20,29 @@ from mmbal.distributed import clip_loss, expert_parameters, fully_shard_routers,
 ROWS, TOKENS, STEPS = 12, 3, 3
 
 
+PRELOADED = (
+    "mmbal.distributed",
+    "pytest",
+    "scipy.special",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "transformers.models.clip.modeling_clip",
+)
+
+
+def fork(function, arguments, count):
+    """Runs ``function(rank, *arguments)`` in ``count`` processes.
+
+    A server that has imported everything once, for all modules of tests, forks them: imports are what takes longest.
+    """
+    get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+    start_processes(function, arguments, nprocs=count, start_method="forkserver")
+
+
 def start(function, count, folder):
-    """What ``function(rank, folder)`` returns in each of ``count`` processes."""
-    # A server that has imported everything once forks the processes: imports are what takes longest.
-    get_context("forkserver").set_forkserver_preload(["mmbal.distributed", "torch.distributed.fsdp"])
-    start_processes(_process, (function, count, str(folder)), nprocs=count, start_method="forkserver")
+    """What ``function(rank, folder)`` returns in each of ``count`` processes of one gloo group."""
+    fork(_process, (function, count, str(folder)), count)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 

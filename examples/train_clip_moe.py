@@ -58,7 +58,7 @@ def load_clip(options):
             return {"input_ids": ids, "pixel_values": normalize(pairs.images[rows])}
 
     mmbal.upcycle(clip, num_experts=4, top_k=2, layers="last:2", expert_init="drop", seed=options.seed)
-    mmbal.freeze_except_router(clip)  # before the weights are split
+    mmbal.freeze_except_router(clip)
     return clip.eval(), batch, count  # without dropout, whose masks depend on the number of processes
 
 
@@ -120,6 +120,8 @@ def main():
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     clip, batch, count = load_clip(options)
+    if min(options.batch, count) < processes:
+        parser.error(f"--batch and the pairs must be at least {processes}, one for each process")
     run = parallel(clip.to(device), options.parallel)
     optimizer = torch.optim.AdamW([p for p in clip.parameters() if p.requires_grad], lr=options.learning_rate)
     checkpoints = options.out.with_name(options.out.name + ".checkpoints")

@@ -1,4 +1,7 @@
-"""A CLIP-MoE in two gloo processes, as replicas (DDP) and shards (FSDP2), against one process with all rows."""
+"""A CLIP-MoE in two gloo processes, as replicas (DDP), shards (FSDP2) and with split experts, against one process with
+all rows. Four processes and more of split experts: test_distributed_experts.py."""
+
+import warnings
 
 import numpy as np
 import pytest
@@ -6,18 +9,33 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.special import logsumexp
+from torch import nn
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 if dist.is_available():
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.debug import CommDebugMode
     from torch.nn.parallel import DistributedDataParallel
 
     import mmbal
     import ranks
     from mmbal.distributed import clip_loss, fully_shard_routers, router_losses, shard_experts
-    from ranks import ROWS, assert_same_training, drawn, full, make, start, train
+    from ranks import (
+        ROWS,
+        assert_same_training,
+        ddp,
+        drawn,
+        full,
+        make,
+        shards,
+        shards_and_routers,
+        split_experts,
+        start,
+        train_alone,
+        train_part,
+    )
 
 
 def half(rank, cut=6):
@@ -65,10 +83,6 @@ ROUTERS = {
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
-def ddp(model):
-    return DistributedDataParallel(model)
-
-
 def ddp_static(model):
     return DistributedDataParallel(model, static_graph=True)
 
@@ -77,47 +91,62 @@ def ddp_unused(model):
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def shards(model):
-    for block in model.all_blocks():
-        fully_shard(block)
-    return fully_shard(model)
-
-
 def shards_of_mixtures(model):
     for block in model.all_blocks():
         fully_shard(block.mlp)
     return fully_shard(model)
 
 
-def shards_and_routers(model):
-    return shards(fully_shard_routers(model))
+def shards_then_frozen(model):
+    mmbal.freeze_except_router(shards(model))
+    return model
 
 
+def split_experts_then_frozen(model):
+    mmbal.freeze_except_router(shard_experts(model))
+    return ddp(model)
+
+
+EQUAL, UNEQUAL, NONE = (6, 6), (8, 4), (12, 0)
 TRAININGS = {
-    "ddp": {"wrap": "ddp", "adam": True},
-    "ddp, other numbers of rows": {"wrap": "ddp", "cut": 8},
-    "ddp, frozen": {"wrap": "ddp", "frozen": True},
-    "ddp, static graph": {"wrap": "ddp_static", "cut": 8},
-    "ddp, static graph, frozen": {"wrap": "ddp_static", "frozen": True},
-    "ddp, looking for unused": {"wrap": "ddp_unused"},
-    "ddp, idle experts": {"wrap": "ddp", "num_experts": 40},
-    "fully_shard": {"wrap": "shards", "adam": True},
-    "fully_shard, other numbers of rows": {"wrap": "shards", "cut": 8},
-    "fully_shard, frozen": {"wrap": "shards", "frozen": True},
-    "fully_shard, five experts": {"wrap": "shards", "num_experts": 5},
-    "fully_shard, mixtures": {"wrap": "shards_of_mixtures"},
-    "fully_shard, routers": {"wrap": "shards_and_routers"},
-    "fully_shard, routers, frozen": {"wrap": "shards_and_routers", "frozen": True},
+    "ddp": (ddp, {"adam": True}),
+    "ddp, other numbers of rows": (ddp, {"cut": UNEQUAL}),
+    "ddp, no rows on the second": (ddp, {"cut": NONE}),
+    "ddp, frozen": (ddp, {"frozen": True}),
+    "ddp, checkpointed": (ddp, {"checkpointed": True}),
+    "ddp, two batches a step": (ddp, {"batches": 2}),
+    "ddp, static graph": (ddp_static, {"cut": UNEQUAL}),
+    "ddp, static graph, frozen": (ddp_static, {"frozen": True}),
+    "ddp, looking for unused": (ddp_unused, {}),
+    "ddp, idle experts": (ddp, {"num_experts": 40}),
+    "ddp, shared expert": (ddp, {"shared_expert": True}),
+    "fully_shard": (shards, {"adam": True}),
+    "fully_shard, other numbers of rows": (shards, {"cut": UNEQUAL}),
+    "fully_shard, no rows on the second": (shards, {"cut": NONE}),
+    "fully_shard, frozen": (shards, {"frozen": True}),
+    "fully_shard, then frozen": (shards_then_frozen, {"alone": {"frozen": True}}),
+    "fully_shard, checkpointed": (shards_and_routers, {"checkpointed": True}),
+    "fully_shard, two batches a step": (shards_and_routers, {"batches": 2}),
+    "fully_shard, five experts": (shards, {"num_experts": 5}),
+    "fully_shard, shared expert": (shards, {"shared_expert": True}),
+    "fully_shard, mixtures": (shards_of_mixtures, {}),
+    "fully_shard, routers": (shards_and_routers, {}),
+    "fully_shard, routers, frozen": (shards_and_routers, {"frozen": True}),
+    "split experts": (split_experts, {"adam": True}),
+    "split experts, other numbers of rows": (split_experts, {"cut": UNEQUAL, "num_experts": 5}),
+    "split experts, no rows on the second": (split_experts, {"cut": NONE}),
+    "split experts, frozen": (split_experts, {"frozen": True}),
+    "split experts, then frozen": (split_experts_then_frozen, {"alone": {"frozen": True}}),
 }
+TRAININGS = {name: {"wrap": wrap, "cut": EQUAL} | options for name, (wrap, options) in TRAININGS.items()}
 
 
-def train_part(rank, wrap, cut=6, **options):
-    return train(half(rank, cut), globals()[wrap], **options)
+STATES = {"ddp": ddp, "fully_shard": shards, "fully_shard, routers": shards_and_routers}
 
 
-def whole_state(rank, wrap):
+def whole_state(wrap):
     model = make(seed=7)
-    globals()[wrap](model)
+    wrap(model)
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
@@ -151,6 +180,32 @@ def compiled(rank):
     return torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
 
 
+def frozen_after(split):
+    """What freeze_except_router says, and how many exchanges it takes, where experts are all the same."""
+    model = make()
+    for block in model.all_blocks():
+        for parameter in block.mlp.experts.parameters():
+            nn.init.ones_(parameter)
+    split(model)
+    with CommDebugMode() as exchanges, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained = mmbal.freeze_except_router(model)
+    return {
+        "trained": trained,
+        "exchanges": exchanges.get_total_counts(),
+        "asked": [name for name, p in model.named_parameters() if p.requires_grad],
+    }
+
+
+def loss_dtypes(rank):
+    """{dtype of the rows: loss} with no row on the second rank."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        images, texts = (F.normalize(drawn(ROWS, 5, seed=i), dim=1)[half(rank, 12)].to(dtype) for i in range(2))
+        found[str(dtype)] = clip_loss(images, texts, torch.tensor([3.0]))
+    return found
+
+
 def refusals(rank):
     found = {}
     for name, case in {
@@ -173,9 +228,11 @@ def process(rank, folder):
         "local": loss_case(rank, 8, gather=False),
         "routers": {name: router_case(rank, **options) for name, options in ROUTERS.items()},
         "trained": {name: train_part(rank, **options) for name, options in TRAININGS.items()},
-        "states": {wrap: whole_state(rank, wrap) for wrap in ("ddp", "shards", "shards_and_routers")},
+        "states": {name: whole_state(wrap) for name, wrap in STATES.items()},
         "bfloat16": {routers: in_bfloat16(rank, routers) for routers in (False, True)},
         "compiled": compiled(rank),
+        "frozen": [frozen_after(split) for split in (shards, shards_and_routers, shard_experts)],
+        "dtypes": loss_dtypes(rank),
         "refused": refusals(rank),
     }
 
@@ -193,6 +250,15 @@ def test_the_mean_of_losses_and_gradients_is_that_of_the_joined_batch(two_proces
     joined = [torch.cat(pair) / 2 for pair in zip(rows, rows_2, strict=True)] + [(scale + scale_2) / 2]
     for found, expected in zip(joined, alone["gradients"], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+
+
+def test_the_loss_has_float32_or_more_with_and_without_rows(two_processes):
+    """The same dtype on every rank, or the mean of the processes' losses could not be taken."""
+    images, texts = (F.normalize(drawn(ROWS, 5, seed=i), dim=1) for i in range(2))
+    for name, near in {"bfloat16": 2e-2, "float32": 1e-6, "float64": 1e-13}.items():
+        first, second = (rank["dtypes"][f"torch.{name}"] for rank in two_processes)
+        assert first.dtype == second.dtype == (torch.float64 if name == "float64" else torch.float32)
+        assert float(first + second) / 2 == pytest.approx(float(clip_loss(images, texts, 3.0)), rel=near)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -229,9 +295,21 @@ def test_router_losses_of_all_tokens_are_those_of_one_process(two_processes, cas
 
 @pytest.mark.parametrize("case", TRAININGS)
 def test_a_clip_moe_trains_as_in_one_process(two_processes, case):
-    alone = train(slice(None), **{k: v for k, v in TRAININGS[case].items() if k not in ("wrap", "cut")})
+    alone = train_alone(**TRAININGS[case])
     for rank in two_processes:
         assert_same_training(rank["trained"][case], alone)
+
+
+def test_routers_of_a_split_model_are_left_alone_without_asking_the_other_processes(two_processes):
+    routers = [
+        f"{tower}.blocks.{i}.mlp.router.{p}"
+        for tower in ("images", "texts")
+        for i in (0, 1)
+        for p in ("weight", "bias")
+    ]
+    for rank in two_processes:
+        for found in rank["frozen"]:
+            assert found == {"trained": routers, "exchanges": 0, "asked": routers}
 
 
 def test_experts_without_rows_have_gradients_of_zeros(two_processes):
@@ -240,10 +318,10 @@ def test_experts_without_rows_have_gradients_of_zeros(two_processes):
         assert (gradient == 0).flatten(1).all(1).any()
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "shards", "shards_and_routers"])
-def test_a_model_of_one_process_loads_the_whole_state(two_processes, wrap):
+@pytest.mark.parametrize("case", STATES)
+def test_a_model_of_one_process_loads_the_whole_state(two_processes, case):
     model = make(seed=9)
-    model.load_state_dict(two_processes[0]["states"][wrap])
+    model.load_state_dict(two_processes[0]["states"][case])
     torch.testing.assert_close(dict(model.state_dict()), dict(make(seed=7).state_dict()), rtol=0, atol=0)
 
 
@@ -268,7 +346,7 @@ def test_a_compiled_layer_with_split_experts_is_the_layer(two_processes):
         "widths of ranks": "clip_loss: images must be as wide in every process, got [3, 4]",
         "not alike": "clip_loss: images and texts must be [B, P] alike, got [2, 3] and [3, 3]",
         "no mixture": "fully_shard_routers: model must have MoEMLP layers, Linear has none",
-        "routers twice": "fully_shard_routers: call it once, before fully_shard of the layers",
+        "routers twice": "fully_shard_routers: call it once, before fully_shard of what the routers are in",
         "normalize": "router_losses: normalize must be mixtral, megatron or switch, got 'other'",
         "no records": "router_losses: routers must have at least one record",
     }.items(),

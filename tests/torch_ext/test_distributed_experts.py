@@ -1,7 +1,6 @@
 """Experts split over four gloo processes against one process with all experts and all rows."""
 
 import warnings
-from inspect import signature
 
 import pytest
 import torch
@@ -17,14 +16,28 @@ if dist.is_available():
         set_model_state_dict,
     )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.checkpoint import checkpoint
 
     import ranks
     from mmbal import MoEMLP
-    from mmbal.distributed import clip_grad_norm_, expert_parameters, shard_experts
-    from ranks import assert_same_training, drawn, full, make, start, train
+    from mmbal.distributed import clip_grad_norm_, expert_parameters, fully_shard_routers, shard_experts
+    from ranks import (
+        assert_same_training,
+        ddp,
+        drawn,
+        full,
+        make,
+        shards,
+        shards_and_routers,
+        split_experts,
+        split_experts_and_shards,
+        start,
+        train,
+        train_alone,
+        train_part,
+    )
 
 W = 4
 
@@ -88,8 +101,6 @@ LAYERS = {
     "bfloat16": {"dtype": "bfloat16"},
     "float32": {"dtype": "float32"},
 }
-if "shared_expert" not in signature(MoEMLP).parameters:
-    LAYERS = {name: options for name, options in LAYERS.items() if "shared_expert" not in options}
 
 
 def with_dropout(rank, **options):
@@ -122,43 +133,46 @@ def same_rows(rank):
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
-def replicated(model):
-    return DistributedDataParallel(shard_experts(model))
-
-
 def two_by_two(model):
-    return DistributedDataParallel(shard_experts(model, init_device_mesh("cpu", (2, 2))))
-
-
-def dense_sharded(model):
-    ignored = set(expert_parameters(shard_experts(model)).values())
-    for block in model.all_blocks():
-        fully_shard(block, ignored_params=ignored)
-    return fully_shard(model, ignored_params=ignored)
+    return ddp(shard_experts(model, init_device_mesh("cpu", (2, 2))))
 
 
 EQUAL, UNEQUAL = (3, 3, 3, 3), (5, 1, 4, 2)
 TRAININGS = {
-    "replicas": {"wrap": "replicated", "cut": EQUAL, "adam": True},
-    "replicas, other numbers of rows": {"wrap": "replicated", "cut": UNEQUAL},
-    "replicas, no rows on one": {"wrap": "replicated", "cut": (6, 0, 4, 2), "num_experts": 5},
-    "replicas, frozen": {"wrap": "replicated", "cut": EQUAL, "frozen": True, "adam": True},
-    "two by two": {"wrap": "two_by_two", "cut": UNEQUAL},
-    "two by two, frozen": {"wrap": "two_by_two", "cut": EQUAL, "frozen": True},
-    "fully_shard": {"wrap": "dense_sharded", "cut": UNEQUAL, "num_experts": 3},
-    "fully_shard, frozen": {"wrap": "dense_sharded", "cut": EQUAL, "frozen": True},
+    "whole, replicas": {"wrap": ddp, "cut": UNEQUAL},
+    "whole, fully_shard": {"wrap": shards, "cut": UNEQUAL},
+    "whole, fully_shard, routers, frozen": {"wrap": shards_and_routers, "cut": EQUAL, "frozen": True, "adam": True},
+    "replicas": {"wrap": split_experts, "cut": EQUAL, "adam": True},
+    "replicas, other numbers of rows": {"wrap": split_experts, "cut": UNEQUAL},
+    "replicas, no rows on one": {"wrap": split_experts, "cut": (6, 0, 4, 2), "num_experts": 5},
+    "replicas, frozen": {"wrap": split_experts, "cut": EQUAL, "frozen": True, "adam": True},
+    "replicas, checkpointed": {"wrap": split_experts, "cut": (6, 0, 4, 2), "checkpointed": True},
+    "replicas, two batches a step": {"wrap": split_experts, "cut": UNEQUAL, "batches": 2},
+    "replicas, shared expert": {"wrap": split_experts, "cut": UNEQUAL, "shared_expert": True},
+    "two by two": {"wrap": two_by_two, "cut": UNEQUAL},
+    "two by two, frozen": {"wrap": two_by_two, "cut": EQUAL, "frozen": True},
+    "two by two, two batches a step": {"wrap": two_by_two, "cut": EQUAL, "batches": 2},
+    "fully_shard": {"wrap": split_experts_and_shards, "cut": UNEQUAL, "num_experts": 3},
+    "fully_shard, frozen": {"wrap": split_experts_and_shards, "cut": EQUAL, "frozen": True},
+    "fully_shard, checkpointed": {"wrap": split_experts_and_shards, "cut": UNEQUAL, "checkpointed": True},
+    "fully_shard, two batches a step": {"wrap": split_experts_and_shards, "cut": EQUAL, "batches": 2},
 }
 
 
-def train_part(rank, wrap, cut, **options):
-    return train(slice(sum(cut[:rank]), sum(cut[: rank + 1])), globals()[wrap], **options)
+def bfloat16_shards(model):
+    return shards(fully_shard_routers(model), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+
+
+def bfloat16_split_experts(model):
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    return split_experts_and_shards(fully_shard_routers(model), mp_policy=policy)
 
 
 def states(rank):
     """The whole state dict of a model with split experts, and that of another one that was given it."""
-    model = replicated(make(seed=7, num_experts=5)).module
+    model = split_experts(make(seed=7, num_experts=5)).module
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    other = replicated(make(seed=8, num_experts=5)).module
+    other = split_experts(make(seed=8, num_experts=5)).module
     given = dict(state)  # which it fills with parts
     set_model_state_dict(
         other, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
@@ -211,6 +225,7 @@ def refusals():
         "after fully_shard": message(shard_experts, blocks),
         "mesh": message(shard_experts, make(), init_device_mesh("cpu", (2, 1, 2))),
         "dense": message(sharded.images.blocks[0].mlp.to_dense, 0),
+        "dense after fully_shard": message(blocks.images.blocks[0].mlp.to_dense, 0),
         "replaced": message(replaced),
         "width": message(sharded.images.blocks[0].mlp, torch.zeros(3, 5)),
     }
@@ -236,6 +251,9 @@ def process(rank, folder):
         "dropout": with_dropout(rank, dropout=0.4, output_dropout=0.2),
         "same rows": same_rows(rank),
         "trained": {name: train_part(rank, **options) for name, options in TRAININGS.items()},
+        "bfloat16": [
+            train_part(rank, wrap, UNEQUAL, dtype=torch.float32) for wrap in (bfloat16_shards, bfloat16_split_experts)
+        ],
         "states": states(rank),
         "first": first_process_decides(rank),
         "norms": norms(rank),
@@ -318,11 +336,24 @@ def test_rows_and_experts_are_taken_in_bfloat16_and_gradients_in_float32(four_pr
 
 
 @pytest.mark.parametrize("case", TRAININGS)
-def test_a_model_with_split_experts_trains_as_one_process(four_processes, case):
-    options = {name: value for name, value in TRAININGS[case].items() if name not in ("wrap", "cut")}
-    alone = train(slice(None), **options)
+def test_a_model_trains_as_one_process(four_processes, case):
+    alone = train_alone(**TRAININGS[case])
     for rank in four_processes:
         assert_same_training(rank["trained"][case], alone)
+
+
+def test_blocks_that_compute_in_bfloat16_train_nearly_as_one_process_in_float32(four_processes):
+    """Their weights stay float32."""
+    alone, before = train(slice(None), dtype=torch.float32), make().state_dict()
+    for rank in four_processes:
+        for found in rank["bfloat16"]:
+            torch.testing.assert_close(found["losses"], alone["losses"], rtol=5e-2, atol=0)
+            moved, error = 0.0, 0.0
+            for name, weight in found["weights"].items():
+                assert weight.dtype == torch.float32
+                moved += float((alone["weights"][name] - before[name]).square().sum())
+                error += float((weight - alone["weights"][name]).square().sum())
+            assert 1e-10 < error / moved < 0.04  # a fifth of the way, in the norm
 
 
 def test_a_model_of_one_process_loads_the_whole_state_and_back(four_processes):
@@ -360,7 +391,8 @@ def test_the_norm_counts_split_gradients_once_and_clips_all(four_processes):
         "after fully_shard": "call it before fully_shard",
         "mesh": "must have one or two dimensions and all 4 processes, got (2, 1, 2)",
         "replaced": "load weights with torch.distributed.checkpoint.state_dict.set_model_state_dict",
-        "dense": "load the full state dict first",
+        "dense": "load the full state dict into a whole model first",
+        "dense after fully_shard": "experts are split over processes",
         "width": "x must be [..., 8], got [3, 5]",
     }.items(),
 )

@@ -37,6 +37,13 @@ class Experts(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
 
 
+class Router(nn.Linear):
+    """x [N, D] -> logits [N, E] in float32 (float64 for float64 input), also under autocast."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return router_logits(x_ND, self.weight, self.bias)
+
+
 class _FirstWeights(NamedTuple):
     weight: Tensor
 
@@ -45,8 +52,7 @@ class MoEMLP(nn.Module):
     """Mixture of two-layer MLPs with a linear top-k router (DMU, arXiv 2409.19291, section 4).
 
     Takes the place of an ``mlp`` sub-module: input and output are [..., D] in any layout. No capacity, no dropped
-    token. The router works in float32 (float64 for float64 input),
-    also under autocast.
+    token. The router works in float32 (float64 for float64 input), also under autocast.
 
     Parameters
     ----------
@@ -98,7 +104,7 @@ class MoEMLP(nn.Module):
         self.activation, self.normalize = activation, normalize
         self.dropout, self.output_dropout = dropout, output_dropout
         self.shared_expert, self.shared_weight = bool(shared_expert), shared_weight
-        self.router = nn.Linear(dim, num_experts, bias=router_bias, device=device, dtype=dtype)
+        self.router = Router(dim, num_experts, bias=router_bias, device=device, dtype=dtype)
         self.experts = Experts(num_experts + self.shared_expert, dim, hidden_dim, bias, device, dtype)
         self._records = None  # a list while collect_router is active
         self._packed = None  # the PackedWeights that mmbal.pack made
@@ -175,7 +181,7 @@ class MoEMLP(nn.Module):
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ValueError(f"MoEMLP: token_mask must be {list(x.shape[:-1])}, got {list(token_mask.shape)}")
         x_ND = x.reshape(-1, self.dim)
-        logits_NE = self._route(x_ND)
+        logits_NE = self.router(x_ND)
         weights_NK, indices_NK = ops.moe_topk(logits_NE, self.top_k, self.normalize)
         if self._records is not None and not _is_recomputing():
             self._records.append((logits_NE, indices_NK, None if token_mask is None else token_mask.reshape(-1)))
@@ -183,9 +189,11 @@ class MoEMLP(nn.Module):
             weights_NK = F.pad(weights_NK * (1 - self.shared_weight), (0, 1), value=self.shared_weight)
             indices_NK = F.pad(indices_NK, (0, 1), value=self.num_experts)
         dropouts = (self.dropout, self.output_dropout) if self.training else (0.0, 0.0)
+        return self._mix(x_ND, weights_NK, indices_NK, *dropouts).reshape(x.shape)
+
+    def _mix(self, x_ND, weights_NK, indices_NK, *dropouts):
         packed = self._packed and self._packed.panels_for(self, x_ND)
-        y_ND = mix_experts(self.experts, x_ND, weights_NK, indices_NK, self.activation, *dropouts, packed=packed)
-        return y_ND.reshape(x.shape)
+        return mix_experts(self.experts, x_ND, weights_NK, indices_NK, self.activation, *dropouts, packed=packed)
 
     def train(self, mode: bool = True):
         if mode:
@@ -203,15 +211,16 @@ class MoEMLP(nn.Module):
     def __getstate__(self):
         return super().__getstate__() | {"_packed": None}
 
-    def _route(self, x_ND):
-        return router_logits(x_ND, self.router.weight, self.router.bias)
-
     def to_dense(self, expert: int) -> DenseMLP:
         """A copy of one expert as an ordinary MLP with ``fc1`` and ``fc2``; the shared expert is ``num_experts``."""
         last = self.num_experts - 1 + self.shared_expert
         if not 0 <= expert <= last:
             raise ValueError(f"MoEMLP.to_dense: expert must be from 0 to {last}, got {expert}")
         experts = self.experts
+        if _is_split(experts.w1):
+            raise NotImplementedError(
+                "MoEMLP.to_dense: experts are split over processes; load the full state dict into a whole model first"
+            )
         dense = DenseMLP(self.dim, self.hidden_dim, self.activation, bias=experts.b1 is not None)
         dense = dense.to(experts.w1.device, experts.w1.dtype).train(self.training)
         with torch.no_grad():
@@ -410,7 +419,8 @@ def _pool(records):
 def freeze_except_router(model: nn.Module) -> list[str]:
     """Leaves only the routers of ``model``'s :class:`MoEMLP` layers trainable; returns the names of their parameters.
 
-    Routers are found by module type, never by name.
+    Routers are found by module type, never by name. It warns of a layer whose experts are all the same, unless they are
+    split over processes.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, MoEMLP)]
     if not layers:
@@ -429,7 +439,15 @@ def freeze_except_router(model: nn.Module) -> list[str]:
 
 
 def _has_copies_alone(layer):
-    """Whether all routed experts are the same; the small tensors first, which tell most layers apart."""
+    """Whether all routed experts are the same; the small tensors first, which tell most layers apart. Not where they
+    are split over processes: no process has them all, and freezing must not wait for the others."""
     E, experts = layer.num_experts, layer.experts
     tensors = [t for t in (experts.b2, experts.b1, experts.w2, experts.w1) if t is not None]
-    return E > 1 and not experts.w1.is_meta and all(bool((t[1:E] == t[:1]).all()) for t in tensors)
+    if E == 1 or any(t.is_meta or _is_split(t) for t in tensors):
+        return False
+    return all(bool((t[1:E] == t[:1]).all()) for t in tensors)
+
+
+def _is_split(tensor):
+    """Whether it is a DTensor, whose module is not imported without need."""
+    return hasattr(tensor, "to_local")

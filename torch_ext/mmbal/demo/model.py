@@ -1,4 +1,4 @@
-"""The demo's CLIP: its configuration, its files, its embeddings and its loss.
+"""The demo's CLIP: its configuration, its files and its embeddings.
 
 Shapes: B batch, T caption tokens, P projection width.
 """
@@ -62,15 +62,6 @@ def embed_images(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
 def embed_texts(model: CLIPModel, ids: torch.Tensor) -> torch.Tensor:
     """int64 [B, T] -> unit vectors [B, P]. Attention is causal, so the padding after <end> changes nothing."""
     return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
-
-
-def clip_loss(
-    images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor, label_smoothing: float = 0.0
-) -> torch.Tensor:
-    """Symmetric cross-entropy over the pairs of a batch; images, texts [B, P] of unit length."""
-    logits = logit_scale.exp() * images @ texts.T
-    target = torch.arange(len(logits), device=logits.device)
-    return 0.5 * sum(F.cross_entropy(side, target, label_smoothing=label_smoothing) for side in (logits, logits.T))
 
 
 def save_weights(path: Path, state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:

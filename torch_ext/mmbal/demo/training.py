@@ -12,10 +12,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from mmbal.distributed import clip_loss
 from mmbal.moe import collect_router, router_losses
 
 from . import data
-from .model import clip_loss, embed_images, embed_texts
+from .model import embed_images, embed_texts
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -88,7 +89,7 @@ def optimise(
         pixels, ids = data.batch(pairs, next(batches), tokenizer, rng, generator)
         with collect_router(model) if balance else nullcontext() as routers:
             images, texts = embed_images(model, pixels), embed_texts(model, ids)
-        contrastive = clip_loss(images, texts, model.logit_scale, label_smoothing)
+        contrastive = clip_loss(images, texts, model.logit_scale.exp(), label_smoothing)
         loss = contrastive + router_losses(routers, load_balance=balance).total if balance else contrastive
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmbal.methods.rows import every, gather_with_gradient, rank_of, ranks
+from mmbal.routing import real_dtype
 
 
 def clip_loss(
@@ -22,34 +23,35 @@ def clip_loss(
         False: the negatives of this process alone.
     label_smoothing : share of each target that is spread over all pairs.
 
-    Under autocast the products are taken in its dtype, the cross-entropy in float32. Without any pair the loss is 0.
+    The products are taken in the dtype of the rows (under autocast in its dtype), the cross-entropy in float32, or in
+    float64 for float64 rows. Without any pair the loss is 0.
     """
     if images.dim() != 2 or images.shape != texts.shape:
         raise ValueError(
             f"clip_loss: images and texts must be [B, P] alike, got {list(images.shape)} and {list(texts.shape)}"
         )
     B, P = images.shape
+    dtype = torch.promote_types(images.dtype, texts.dtype)
+    images, texts = images.to(dtype), texts.to(dtype)
     if not gather or ranks(group) == 1:
-        logits = scale * images @ texts.T
+        logits = (scale * images).to(dtype) @ texts.T
         return _mean_of_sides(logits, logits.T, 0, label_smoothing)
     found = every(group, [B, P])
     if (found[:, 1] != P).any():
         raise ValueError(f"clip_loss: images must be as wide in every process, got {found[:, 1].tolist()}")
     counts, rank = found[:, 0].tolist(), rank_of(group)
-    dtype = torch.promote_types(images.dtype, texts.dtype)  # both travel at once
-    joined = gather_with_gradient(torch.cat([images.to(dtype), texts.to(dtype)], 1), counts, group)
+    joined = gather_with_gradient(torch.cat([images, texts], 1), counts, group)  # both travel at once
     all_images, all_texts = joined[:, :P], joined[:, P:]
-    loss = _mean_of_sides(
-        scale * images @ all_texts.T, scale * texts @ all_images.T, sum(counts[:rank]), label_smoothing
-    )
+    of_images, of_texts = (scale * images).to(dtype) @ all_texts.T, (scale * texts).to(dtype) @ all_images.T
+    loss = _mean_of_sides(of_images, of_texts, sum(counts[:rank]), label_smoothing)
     share = len(counts) * B / max(sum(counts), 1)  # 1 where all have as many pairs
     return loss if share == 1 else loss * share
 
 
 def _mean_of_sides(of_images: Tensor, of_texts: Tensor, first: int, label_smoothing: float) -> Tensor:
     B = of_images.shape[0]
+    sides = [logits.to(real_dtype(logits.dtype)) for logits in (of_images, of_texts)]
     if B == 0:
-        return (of_images.sum() + of_texts.sum()).float()  # 0, and a backward that the other processes can meet
+        return sides[0].sum() + sides[1].sum()  # 0, and a backward that the other processes can meet
     target = torch.arange(first, first + B, device=of_images.device)
-    sides = (F.cross_entropy(logits, target, label_smoothing=label_smoothing) for logits in (of_images, of_texts))
-    return 0.5 * sum(sides)
+    return 0.5 * sum(F.cross_entropy(logits, target, label_smoothing=label_smoothing) for logits in sides)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from mmbal._library import ops
 from mmbal.distributed.exchange import MeanGradient, TakeRows, exchange_counts, send
-from mmbal.moe import Experts, MoEMLP, _draw_seed, _is_recomputing
+from mmbal.moe import Experts, MoEMLP, _draw_seed
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None):
@@ -36,7 +36,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh | None = None, param_dtype:
     state dict of the whole model, which ``set_model_state_dict`` takes back; give them the model itself, not its
     DistributedDataParallel.
 
-    Before: ``freeze_except_router``, which compares whole experts. A shared expert belongs to the owner of the last
+    Afterwards: the optimizer, since the experts are other tensors. A shared expert belongs to the owner of the last
     experts, which gets a row of every token.
 
     Gradients: those of the experts are averaged over the processes here, in the backward. Call this on the module that
@@ -52,8 +52,10 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh | None = None, param_dtype:
         raise ValueError(f"shard_experts: model must have MoEMLP layers, {type(model).__name__} has none")
     if any(isinstance(layer, ShardedMoEMLP) for _, layer in layers):
         raise ValueError("shard_experts: the experts of model are split already")
+    if split := [name for name, layer in layers if isinstance(layer.experts.w1, DTensor)]:
+        raise ValueError(f"shard_experts: call it before fully_shard or similar, which changed {split}")
     if strange := {type(layer).__name__ for _, layer in layers if type(layer) is not MoEMLP}:
-        raise ValueError(f"shard_experts: call it before fully_shard or similar changed the layers, got {strange}")
+        raise ValueError(f"shard_experts: layers must be MoEMLP itself, got {strange}")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("shard_experts: call torch.distributed.init_process_group first")
     world = dist.get_world_size()
@@ -89,26 +91,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 class ShardedMoEMLP(MoEMLP):
     """A :class:`mmbal.MoEMLP` whose experts :func:`shard_experts` has split; it is not made otherwise."""
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"MoEMLP: x must be [..., {self.dim}], got {list(x.shape)}")
-        if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]):
-            raise ValueError(f"MoEMLP: token_mask must be bool {list(x.shape[:-1])}, got {token_mask}")
-        x_ND = x.reshape(-1, self.dim)
-        logits_NE = self._route(x_ND)
-        weights_NK, indices_NK = ops.moe_topk(logits_NE, self.top_k, self.normalize)
-        if self._records is not None and not _is_recomputing():
-            self._records.append((logits_NE, indices_NK, None if token_mask is None else token_mask.reshape(-1)))
-        if getattr(self, "shared_expert", False):  # the last of the stacked experts: every token takes it
-            column = (weights_NK.shape[0], 1)
-            shared_NK = weights_NK.new_full(column, self.shared_weight)
-            weights_NK = torch.cat([weights_NK * (1 - self.shared_weight), shared_NK], 1)
-            indices_NK = torch.cat([indices_NK, indices_NK.new_full(column, self.num_experts)], 1)
-        dropouts = (self.dropout, self.output_dropout) if self.training else (0.0, 0.0)
-        return mix_sharded(self.experts, x_ND, weights_NK, indices_NK, self.activation, *dropouts).reshape(x.shape)
-
-    def to_dense(self, expert: int):
-        raise NotImplementedError("MoEMLP.to_dense: experts are split over processes; load the full state dict first")
+    def _mix(self, x_ND, weights_NK, indices_NK, *dropouts):
+        return mix_sharded(self.experts, x_ND, weights_NK, indices_NK, self.activation, *dropouts)
 
 
 @torch.compiler.disable

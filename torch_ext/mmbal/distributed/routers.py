@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from mmbal.distributed.experts import ShardedMoEMLP
-from mmbal.moe import MoEMLP, router_logits
-
-
-class _Router(nn.Linear):
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return router_logits(x_ND, self.weight, self.bias)
-
-
-class _CallsRouter:
-    def _route(self, x_ND: Tensor) -> Tensor:
-        return self.router(x_ND)  # whose hooks gather its weights
-
-
-class _MoEMLP(_CallsRouter, MoEMLP):
-    pass
-
-
-class _ShardedMoEMLP(_CallsRouter, ShardedMoEMLP):
-    pass
+from mmbal.moe import MoEMLP
 
 
 def fully_shard_routers(model: nn.Module, **options) -> nn.Module:
@@ -37,14 +19,10 @@ def fully_shard_routers(model: nn.Module, **options) -> nn.Module:
     layers = [m for m in model.modules() if isinstance(m, MoEMLP)]
     if not layers:
         raise ValueError(f"fully_shard_routers: model must have MoEMLP layers, {type(model).__name__} has none")
-    classes = {MoEMLP: _MoEMLP, ShardedMoEMLP: _ShardedMoEMLP}
-    if strange := {type(layer).__name__ for layer in layers if type(layer) not in classes}:
-        raise ValueError(f"fully_shard_routers: call it once, before fully_shard of the layers, got {strange}")
+    if any(isinstance(layer.router.weight, DTensor) for layer in layers):
+        raise ValueError("fully_shard_routers: call it once, before fully_shard of what the routers are in")
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     for layer in layers:
-        dtype = layer.router.weight.dtype
-        layer.__class__ = classes[type(layer)]
-        layer.router.__class__ = _Router
-        own = MixedPrecisionPolicy() if dtype == torch.float64 else policy
+        own = MixedPrecisionPolicy() if layer.router.weight.dtype == torch.float64 else policy
         fully_shard(layer.router, **{"mp_policy": own} | options)
     return model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .architecture import TOWERS, CLIPArchitecture
 from .layouts import bindings, block_name, canonical_shapes, readers
+from .untrusted import shown
 
 
 class LazyTensor(NamedTuple):
@@ -92,9 +93,9 @@ def from_file_tensors(
 
 def _listed(names, verb=""):
     """The first few of the names, for a message."""
-    shown = ", ".join(name[:80] for name in names[:3])
+    first = ", ".join(shown(name) for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{verb}{shown}{more}" + ("" if verb else " are" if len(names) > 1 else " is")
+    return f"{verb}{first}{more}" + ("" if verb else " are" if len(names) > 1 else " is")
 
 
 class ModelTensors(Mapping):

@@ -8,7 +8,15 @@ import torch
 
 import mmbal
 from mmbal import load_clip_moe, save_clip_moe, upcycle
-from mmbal.checkpoints import from_model, load_clip, write_checkpoint
+from mmbal.checkpoints import (
+    extract_expert,
+    from_model,
+    load_clip,
+    open_checkpoint,
+    to_model,
+    upcycle_checkpoint,
+    write_checkpoint,
+)
 
 
 @pytest.fixture
@@ -150,6 +158,29 @@ def test_only_a_clip_with_mixtures_is_saved(make_clip, tmp_path):
     with pytest.raises(ValueError, match="must hold a CLIP"):
         save_clip_moe(torch.nn.Linear(2, 2), tmp_path / "linear")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_configuration_says_of_training_goes_along(make_clip, tmp_path):
+    base = make_clip(0)
+    for tower in (base.config.text_config, base.config.vision_config):
+        tower.attention_dropout, tower.initializer_range = 0.125, 0.03
+    base.config.logit_scale_init_value = 3.0
+    base.save_pretrained(tmp_path / "base")
+    mixture = upcycle_checkpoint(open_checkpoint(tmp_path / "base"), num_experts=2)
+    write_checkpoint(mixture, tmp_path / "moe", "transformers")
+    for clip in (load_clip(tmp_path / "moe"), load_clip_moe(tmp_path / "moe"), to_model(from_model(base))):
+        for tower in ("text", "vision"):
+            config = getattr(clip.config, f"{tower}_config")
+            assert (config.attention_dropout, config.initializer_range) == (0.125, 0.03)
+            assert getattr(clip, f"{tower}_model").encoder.layers[0].self_attn.dropout == 0.125
+        assert clip.config.logit_scale_init_value == 3.0
+    moe = load_clip(tmp_path / "moe")
+    moe.config.output_router_logits = True
+    save_clip_moe(moe, tmp_path / "again")
+    assert load_clip(tmp_path / "again").config.output_router_logits is True
+    dense = extract_expert(open_checkpoint(tmp_path / "again"), 1)
+    write_checkpoint(dense, tmp_path / "dense", "transformers")
+    assert "output_router_logits" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
 def test_config_json_says_what_the_mixtures_are(moe, tmp_path):

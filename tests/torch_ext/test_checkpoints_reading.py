@@ -1,6 +1,7 @@
 """Checkpoints of each format are recognised, described and read exactly; wrong ones are refused by name."""
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_helpers import SMALL, assert_same, random_checkpoint, state_dict, with_mixtures
 from mmbal.checkpoints import open_checkpoint, write_checkpoint
+from mmbal.checkpoints.recognition import infer_architecture
 
 
 def written(tmp_path, checkpoint, format, name=None):
@@ -125,7 +127,65 @@ def test_a_published_file_without_its_json_is_taken_to_have_top_2_and_says_so(tm
     found = open_checkpoint(path)
     assert found.architecture.mixtures["text"].top_k == 2 and any("top_k" in note for note in found.notes)
     found = open_checkpoint(path, top_k=3)
-    assert found.architecture.mixtures["text"].top_k == 3 and not found.notes
+    assert found.architecture.mixtures["text"].top_k == 3 and "top_k" not in str(found.notes)
+
+
+def test_heads_that_no_file_tells_are_said_to_be_guessed(tmp_path):
+    path = written(tmp_path, random_checkpoint(with_mixtures(SMALL)), "clipmoe")
+    path.with_name("clip.pt.json").unlink()
+    folder = written(tmp_path, random_checkpoint(SMALL), "transformers")
+    (folder / "config.json").unlink()
+    tensors = {f"module.{name}": tensor for name, tensor in state_dict(random_checkpoint(SMALL)).items()}
+    torch.save({"state_dict": tensors}, tmp_path / "epoch_3.pt")
+    for name in (path, folder, tmp_path / "epoch_3.pt"):
+        assert any("heads to have 64 channels" in note for note in open_checkpoint(name).notes), name
+
+
+def test_what_transformers_leaves_out_of_a_configuration_has_its_defaults(tmp_path):
+    """Version 4 writes of a tower what differs from the default, so that 8 heads of text are not in the file."""
+    eight = replace(SMALL, text=replace(SMALL.text, heads=8, eos_token_id=49407, bos_token_id=49406))
+    folder = written(tmp_path, random_checkpoint(eight), "transformers")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("num_attention_heads", "layer_norm_eps", "hidden_act", "eos_token_id", "bos_token_id", "pad_token_id"):
+        del config["text_config"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).architecture == eight
+    del config["vision_config"]["num_attention_heads"]  # then it is 12, which cannot be here
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="vision: heads must divide the width 64, got 12"):
+        open_checkpoint(folder)
+
+
+def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path):
+    path = written(tmp_path, random_checkpoint(SMALL), "clipmoe")
+    for change in (
+        lambda t: t.update({"\x1b[2Jx": torch.ones(2)}),
+        lambda t: (t.clear(), t.update({"\x1b[2Jx": torch.ones(2)})),
+    ):
+        edited(path, change)
+        with pytest.raises(ValueError, match=r"\\x1b\[2Jx") as caught:
+            open_checkpoint(path)
+        assert str(caught.value).isprintable()
+
+
+class Shapes(dict):
+    """A source that has shapes only."""
+
+    shape = dict.__getitem__
+
+
+def test_a_file_of_very_many_layers_or_experts_is_described_or_refused_soon():
+    stem = {"token_embedding.weight": (2, 1), "positional_embedding": (2, 1)}
+    blocks = [f"transformer.resblocks.{n}" for n in range(20_000)]
+    layers = Shapes(stem | {f"{b}.gate.weight": (1, 1) for b in blocks})
+    layers |= {f"{b}.experts.0.c_fc.weight": (1, 1) for b in blocks}
+    start = time.process_time()
+    assert infer_architecture(layers, "clipmoe", "x").text.layers == 20_000
+    assert time.process_time() - start < 20  # a pass over all names for each layer would take many minutes
+    mlp = "transformer.resblocks.0.mlp"
+    stacked = Shapes(stem | {f"{mlp}.experts.w1": (70_000, 1, 1), f"{mlp}.router.weight": (70_000, 1)})
+    with pytest.raises(ValueError, match="must have at most 65536 experts, got 70000"):
+        infer_architecture(stacked, "open_clip", "x")
 
 
 def test_a_long_published_file_with_one_table_of_positions_says_so(tmp_path):
@@ -158,8 +218,8 @@ def edited(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("ln_final.weight"), "lacks ln_final.weight"),
-        (lambda t: t.update({"ln_final.gamma": torch.ones(2)}), "ln_final.gamma is not of a CLIP"),
+        (lambda t: t.pop("ln_final.weight"), "lacks 'ln_final.weight'"),
+        (lambda t: t.update({"ln_final.gamma": torch.ones(2)}), "'ln_final.gamma' is not of a CLIP"),
         (lambda t: t.update({"ln_final.weight": torch.ones(3)}), r"ln_final.weight must be \[128\], got \[3\]"),
         (lambda t: t.update({"ln_final.weight": torch.ones(128).long()}), "ln_final.weight must be floating point"),
         (
@@ -210,6 +270,7 @@ def set_in(config, keys, value):
         (("mixtures", "text", "odd"), 1, "mixtures.text must have layers, num_experts and other options"),
         (("mixtures", "audio"), {}, "mixtures must have vision or text"),
         (("mixtures",), {}, "must describe the mixture of"),
+        (("projection_dim",), 512, "embed_dim must be 48 by the weights, got 512"),
     ],
 )
 def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path, keys, value, message):
@@ -246,7 +307,7 @@ def test_open_clip_models_of_another_kind_are_refused(tmp_path, keys, value, mes
 
 def test_another_model_than_clip_is_refused_with_the_names_it_has(tmp_path):
     save_file({"bert.weight": torch.ones(2)}, tmp_path / "bert.safetensors")
-    with pytest.raises(ValueError, match=r"must hold a CLIP .*, got bert\.weight"):
+    with pytest.raises(ValueError, match=r"must hold a CLIP .*, got 'bert\.weight'"):
         open_checkpoint(tmp_path / "bert.safetensors")
 
 

@@ -5,10 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mmbal
 from checkpoint_helpers import SMALL, assert_same, random_checkpoint, state_dict, with_mixtures
-from mmbal.checkpoints import extract_expert, from_model, open_checkpoint, stretch_positions, upcycle_checkpoint
+from mmbal.checkpoints import (
+    extract_expert,
+    from_model,
+    open_checkpoint,
+    stretch_positions,
+    upcycle_checkpoint,
+    write_checkpoint,
+)
 from mmbal.checkpoints.layouts import is_ffn
 from mmbal.checkpoints.writing import write_ffns
 
@@ -65,10 +73,42 @@ def test_experts_may_be_files_of_ffns_alone(tmp_path, suffix):
     assert_same(upcycle_checkpoint(base, parts), upcycle_checkpoint(base, whole))
 
 
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_an_expert_may_be_one_tower_as_transformers_saves_it(tmp_path, prefix):
+    """Version 5 saves it without the tower's name in front of its tensors, older ones with it."""
+    base = random_checkpoint(SMALL)
+    (whole,) = siblings_of(base, 1)
+    lone = replace(SMALL, text=None, embed_dim=None)
+    write_checkpoint(whole.changed(whole.tensors, lone), tmp_path / "tower", "transformers")
+    file = tmp_path / "tower" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    part = open_checkpoint(tmp_path / "tower", like=SMALL)
+    assert_same(
+        upcycle_checkpoint(base, [part], layers="vision=all"), upcycle_checkpoint(base, [whole], layers="vision=all")
+    )
+    with pytest.raises(ValueError, match=r"experts\[0\] \(.*tower\) must have transformer\.resblocks\.0"):
+        upcycle_checkpoint(base, [part])
+
+
+def test_experts_that_are_the_same_are_named_as_mmbal_upcycle_does():
+    base = random_checkpoint(SMALL)
+    (one,) = siblings_of(base, 1)
+    with pytest.warns(UserWarning, match=r"the base and experts\[1\] have the same MLPs in all chosen layers"):
+        upcycle_checkpoint(base, [one, base])
+    with pytest.warns(UserWarning, match=r"experts\[0\] and experts\[1\] have the same MLPs"):
+        upcycle_checkpoint(base, [one, one])
+
+
+@pytest.mark.parametrize("std", [float("nan"), float("inf"), -1.0])
+def test_noise_without_a_finite_deviation_is_refused(std):
+    with pytest.raises(ValueError, match="noise_std must not be negative, and finite"):
+        upcycle_checkpoint(random_checkpoint(SMALL), expert_init="noise", noise_std=std)
+
+
 def test_strict_sharing_names_the_tensor_that_differs():
     base = random_checkpoint(SMALL)
     other = random_checkpoint(SMALL, 1)
-    with pytest.raises(ValueError, match=r"experts\[0\].* in positional_embedding and \d+ more tensors"):
+    with pytest.raises(ValueError, match=r"experts\[0\].* in positional_embedding and \d+ more \(by up to"):
         upcycle_checkpoint(base, [other])
 
 

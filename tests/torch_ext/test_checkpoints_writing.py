@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_helpers import L14, SMALL, assert_same, random_checkpoint, with_mixtures
-from mmbal.checkpoints import LazyTensor, open_checkpoint, write_checkpoint
+from forked import run_forked
+from mmbal.checkpoints import LazyTensor, open_checkpoint, upcycle_checkpoint, write_checkpoint
 from mmbal.checkpoints.writing import check_format
 
 FORMATS = {"openai": "clip.pt", "clipmoe": "clip.pt", "transformers": "clip", "open_clip": "clip"}
@@ -36,14 +34,15 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, format):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", ["openai", "transformers", "open_clip"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_failure_while_writing_again_keeps_what_was_there(tmp_path, format):
-    first, path = random_checkpoint(SMALL), tmp_path / FORMATS[format]
+    architecture = SMALL if format == "openai" else with_mixtures(SMALL, num_experts=3, top_k=3)
+    first, path = random_checkpoint(architecture), tmp_path / FORMATS[format]
     write_checkpoint(first, path, format)
     with pytest.raises(OSError, match="the disk is gone"):
-        write_checkpoint(failing(random_checkpoint(SMALL, 1)), path, format, overwrite=True)
-    assert_same(open_checkpoint(path, format=format), first)
-    second = random_checkpoint(SMALL, 1)
+        write_checkpoint(failing(random_checkpoint(architecture, 1)), path, format, overwrite=True)
+    assert_same(open_checkpoint(path, format=format), first)  # with top_k, which is in the JSON file beside it
+    second = random_checkpoint(architecture, 1)
     write_checkpoint(second, path, format, overwrite=True)
     assert_same(open_checkpoint(path, format=format), second)
 
@@ -65,28 +64,15 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path, format):
     assert (tmp_path / "clip" / "notes.txt").read_text() == "kept"
 
 
-SLOW = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from checkpoint_helpers import SMALL, random_checkpoint
-from mmbal.checkpoints import write_checkpoint
-def slowly(size):
-    print("writing", flush=True)
-    time.sleep(0.2)
-write_checkpoint(random_checkpoint(SMALL, 1), sys.argv[2], sys.argv[3], overwrite=True, progress=slowly)
-"""
-
-
-@pytest.mark.parametrize("format", ["openai", "transformers"])
+@pytest.mark.parametrize("format", ["clipmoe", "transformers"])
 def test_a_killed_writer_leaves_what_was_there_under_its_name(tmp_path, format):
-    first, path = random_checkpoint(SMALL), tmp_path / FORMATS[format]
+    first, path = random_checkpoint(with_mixtures(SMALL, top_k=3)), tmp_path / FORMATS[format]
+    second = random_checkpoint(with_mixtures(SMALL), 1)
     write_checkpoint(first, path, format)
-    command = [sys.executable, "-c", SLOW, os.path.dirname(__file__), str(path), format]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"writing\n"
-        time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-    assert_same(open_checkpoint(path, format=format), first)
+    kill = lambda size: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    status, _ = run_forked(lambda: write_checkpoint(second, path, format, overwrite=True, progress=kill))
+    assert status == -signal.SIGKILL
+    assert_same(open_checkpoint(path), first)
 
 
 def test_one_dtype_for_all_rounds_once(tmp_path):
@@ -180,6 +166,56 @@ def test_the_json_file_beside_a_mixture_goes_with_the_file_it_describes(tmp_path
     assert json.loads((tmp_path / "clip.pt.json").read_text())["mixtures"]["text"]["top_k"] == 2
     write_checkpoint(random_checkpoint(SMALL), path, "openai", overwrite=True)
     assert not (tmp_path / "clip.pt.json").exists()
+
+
+def test_a_json_file_of_somebody_else_is_neither_replaced_nor_removed(tmp_path):
+    side = tmp_path / "clip.pt.json"
+    side.write_text('{"notes": "kept"}')
+    with pytest.raises(ValueError, match=r"clip\.pt\.json must be the JSON file of a CLIP-MoE or not exist"):
+        write_checkpoint(random_checkpoint(with_mixtures(SMALL)), tmp_path / "clip.pt", "clipmoe", overwrite=True)
+    assert not (tmp_path / "clip.pt").exists()
+    write_checkpoint(random_checkpoint(SMALL), tmp_path / "clip.pt", "openai")
+    assert side.read_text() == '{"notes": "kept"}'
+
+
+@pytest.mark.parametrize("format", ["openai", "clipmoe"])
+def test_a_json_file_that_lost_its_weights_is_not_replaced_unless_it_is_said(tmp_path, format):
+    write_checkpoint(random_checkpoint(with_mixtures(SMALL)), tmp_path / "clip.pt", "clipmoe")
+    (tmp_path / "clip.pt").unlink()
+    with pytest.raises(ValueError, match=r"clip\.pt\.json exists already"):
+        write_checkpoint(random_checkpoint(SMALL), tmp_path / "clip.pt", format)
+    assert (tmp_path / "clip.pt.json").exists()
+    write_checkpoint(random_checkpoint(SMALL), tmp_path / "clip.pt", format, overwrite=True)
+    assert_same(open_checkpoint(tmp_path / "clip.pt", format=format), random_checkpoint(SMALL))
+
+
+def test_values_that_a_smaller_dtype_cannot_hold_are_refused(tmp_path):
+    checkpoint = random_checkpoint(SMALL)
+    name = "transformer.resblocks.1.mlp.c_fc.bias"
+    tensor = checkpoint[name].clone()
+    tensor[5] = -7e4
+    large = replace(checkpoint, tensors=checkpoint.tensors | {name: LazyTensor((160,), torch.float32, lambda: tensor)})
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.fc1\.bias has values up to 7e\+04, but torch\.float16 holds"
+    ):
+        write_checkpoint(large, tmp_path / "clip", "transformers", dtype=torch.float16)
+    write_checkpoint(large, tmp_path / "clip", "transformers", dtype=torch.bfloat16)
+    tensor[5] = torch.inf  # it is no less infinite there
+    write_checkpoint(large, tmp_path / "half", "transformers", dtype=torch.float16)
+
+
+def test_a_checkpoint_may_be_written_over_the_file_that_it_is_read_from(tmp_path):
+    for format, name in FORMATS.items():
+        path = tmp_path / f"{format}.pt" if name.endswith(".pt") else tmp_path / format
+        base = random_checkpoint(SMALL)
+        write_checkpoint(base, path, format)
+        opened = open_checkpoint(path, format=format)
+        target = "transformers" if path.is_dir() else "clipmoe"
+        mixed = upcycle_checkpoint(opened, num_experts=2, expert_init="noise")
+        write_checkpoint(mixed, path, target, overwrite=True)
+        found = open_checkpoint(path)
+        assert_same(found, upcycle_checkpoint(base, num_experts=2, expert_init="noise"))
+        assert all(torch.equal(opened[name], base[name]) for name in base.tensors)  # the old file is still mapped
 
 
 def test_transformers_folders_are_plain_safetensors(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,8 +12,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from checkpoint_helpers import SMALL, assert_same, random_checkpoint, with_mixtures
-from mmbal.checkpoints import extract_expert, open_checkpoint, upcycle_checkpoint, write_checkpoint
+import mmbal
+from checkpoint_helpers import SMALL, assert_same, random_checkpoint, state_dict, with_mixtures
+from mmbal.checkpoints import (
+    LazyTensor,
+    configuration,
+    extract_expert,
+    open_checkpoint,
+    upcycle_checkpoint,
+    verification,
+    write_checkpoint,
+    writing,
+)
 from mmbal.cli import app
 from test_checkpoints_upcycling import clip_of_77, siblings_of
 
@@ -55,6 +66,45 @@ def test_experts_may_be_said_one_by_one_too(files):
     two = ("--experts", folder / "one", "--experts", folder / "two")
     run("upcycle", "--base", folder / "base", *two, "--out", folder / "x", "--format", "transformers")
     assert_same(open_checkpoint(folder / "x"), upcycle_checkpoint(base, sources))
+
+
+def test_weights_that_are_no_numbers_are_not_verified(files):
+    folder, base, _ = files
+    name = "transformer.resblocks.1.mlp.c_fc.bias"
+    broken = LazyTensor((160,), torch.float32, lambda: torch.full((160,), torch.nan))
+    write_checkpoint(replace(base, tensors=base.tensors | {name: broken}), folder / "nan", "transformers")
+    said = run("upcycle", "--base", folder / "nan", "--out", folder / "x.pt", code=1)
+    assert "x.pt is written, but experts put out NaN or infinity in 1 layers" in said and "Verified" not in said
+
+
+def test_a_description_that_is_not_what_was_written_is_not_verified(files, monkeypatch):
+    folder, *_ = files
+    describe = configuration.to_side_file
+    top_1 = lambda a: replace(a, mixtures={t: replace(m, top_k=1) for t, m in a.mixtures.items()})  # noqa: E731
+    monkeypatch.setattr(configuration, "to_side_file", lambda architecture: describe(top_1(architecture)))
+    said = upcycle_command(folder, "x.pt", code=1)
+    assert "says something else of" in said and "mixture of vision: top_k" in said and "Verified" not in said
+
+
+def test_experts_given_twice_are_named(files):
+    folder, *_ = files
+    words = ("upcycle", "--base", folder / "base", "--experts", folder / "one", folder / "one")
+    said = run(*words, "--out", folder / "x.pt", "--verify", 0)
+    assert re.search(r"warning: upcycle: experts\[0\] \(.*one\) and experts\[1\] \(.*one\) have the same MLPs", said)
+
+
+def test_a_folder_may_be_replaced_by_what_is_made_of_it(files):
+    folder, base, sources = files
+    for name in ("base", "one"):  # as base and as expert
+        words = ("upcycle", "--base", folder / "base", "--experts", folder / "one", folder / "two")
+        run(*words, "--format", "transformers", "--out", folder / name, "--overwrite")
+        assert_same(open_checkpoint(folder / name), upcycle_checkpoint(base, sources))
+        write_checkpoint(base if name == "base" else sources[0], folder / name, "transformers", overwrite=True)
+
+
+def test_paths_are_printed_as_they_are(files):
+    folder, *_ = files
+    assert "Written: " + str(folder / "x[b].pt") in upcycle_command(folder, "x[b].pt")
 
 
 def test_copies_are_said_to_be_the_same(files):
@@ -162,7 +212,18 @@ def test_diff_compares_values_across_formats(files):
 def test_diff_refuses_two_architectures(files, tmp_path):
     folder, *_ = files
     write_checkpoint(random_checkpoint(with_mixtures(SMALL)), tmp_path / "moe", "transformers")
-    assert "must have one architecture" in run("diff", folder / "base", tmp_path / "moe", code=1)
+    assert "must have one architecture" in run("diff", folder / "base", tmp_path / "moe", code=2)
+    assert "nowhere" in run("diff", folder / "base", tmp_path / "nowhere", code=2)
+
+
+def test_diff_takes_the_format_of_bare_state_dicts_for_both(files):
+    folder, base, sources = files
+    for name, checkpoint in (("a.pt", base), ("b.pt", sources[0])):
+        torch.save(state_dict(checkpoint), folder / name)
+    words = ("diff", folder / "a.pt", folder / "b.pt")
+    assert "say format=openai" in run(*words, code=2)
+    assert "They differ in their FFNs only" in run(*words, "--from", "openai", code=1)
+    assert "They are the same." in run("diff", folder / "a.pt", folder / "base", "--from", "openai")
 
 
 @pytest.mark.parametrize("ffn_only", [False, True])
@@ -178,6 +239,14 @@ def test_an_expert_taken_out_upcycles_again_to_the_same_mixture(files, ffn_only)
     assert_same(extract_expert(open_checkpoint(folder / "x.pt"), 1), sources[0])
 
 
+def test_ffns_alone_have_one_format(files):
+    folder, *_ = files
+    upcycle_command(folder, "x.pt")
+    words = ("extract-expert", folder / "x.pt", "--expert", 1, "--ffn-only", "--out", folder / "y")
+    assert "--ffn-only writes FFNs under OpenAI's names" in run(*words, "--format", "transformers", code=1)
+    assert not (folder / "y").exists()
+
+
 def test_experts_that_are_mixtures_or_have_another_activation_are_refused(files):
     folder, base, _ = files
     upcycle_command(folder, "x", "--format", "transformers")
@@ -189,36 +258,36 @@ def test_experts_that_are_mixtures_or_have_another_activation_are_refused(files)
     assert "must have activation quick_gelu in text, got gelu" in run(*words, folder / "gelu", code=1)
 
 
-def test_an_interrupted_upcycle_leaves_nothing(files):
+def test_an_interrupted_upcycle_leaves_nothing(files, monkeypatch):
     folder, *_ = files
-    script = (
-        "import os, signal, mmbal.checkpoints.writing as w, mmbal.checkpoints.tensor_writing as t\n"
-        "old = w.write_torch\n"
-        "def interrupted(path, made, progress=None):\n"
-        "    def tell(size):\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    old(path, made, progress=tell)\n"
-        "w.write_torch = interrupted\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mmbal.cli import app\n"
-        "app()\n"
-    )
+    write = writing.write_checkpoint
+
+    def interrupted(*arguments):
+        *most, _ = arguments
+        write(*most, lambda size: signal.raise_signal(signal.SIGINT))
+
+    monkeypatch.setattr(mmbal.checkpoints, "write_checkpoint", interrupted)
     before = sorted(file.name for file in folder.iterdir())
-    words = [word.format(folder) for word in UPCYCLE] + [str(folder / "x.pt")]
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 130, done.stderr
-    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+    said = upcycle_command(folder, "x.pt", code=130)
+    assert "x.pt was not written" in said and "Traceback" not in said
     assert sorted(file.name for file in folder.iterdir()) == before
 
 
+def test_an_interrupted_check_does_not_say_that_nothing_was_written(files, monkeypatch):
+    folder, *_ = files
+    monkeypatch.setattr(verification, "verify_layers", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert "not written" not in upcycle_command(folder, "x.pt", code=130)
+    assert (folder / "x.pt").exists()
+
+
 MEMORY = """
-import sys, threading, time
+import shlex, shutil, sys, threading, time
 from pathlib import Path
-peak, base = 0, 0
 def rss():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
+peak = 0
 def watch():
     global peak
     while True:
@@ -229,14 +298,27 @@ from mmbal.cli import app
 torch.ones(512, 512) @ torch.ones(512, 512)
 before = rss()
 threading.Thread(target=watch, daemon=True).start()
-app(sys.argv[1:], standalone_mode=False)
-print("ANON", peak - before)
+for line in sys.argv[2:]:
+    peak = 0
+    app(shlex.split(line), standalone_mode=False)
+    out = Path(sys.argv[1])
+    files = [out] if out.is_file() else list(out.iterdir())
+    print("ANON", peak - before, "SIZE", sum(f.stat().st_size for f in files))
+    out.unlink() if out.is_file() else shutil.rmtree(out)
+    Path(str(out) + ".json").unlink(missing_ok=True)
 """
+
+MEMORY_CASES = (
+    "--experts one one one --format clipmoe",
+    "--experts one one one --format transformers",
+    "--experts one one one --format open_clip --shared mean",
+    "--num-experts 4 --expert-init noise --format transformers --dtype bfloat16",
+    "--num-experts 4 --expert-init drop --format clipmoe",
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("format", "out"), [("clipmoe", "x.pt"), ("transformers", "x")])
-def test_upcycling_takes_less_memory_than_the_file_it_writes(tmp_path, format, out):
+def test_upcycling_takes_less_memory_than_the_file_it_writes(tmp_path):
     wide = replace(
         SMALL,
         vision=replace(SMALL.vision, width=512, heads=8, mlp_width=2048, layers=4),
@@ -245,14 +327,13 @@ def test_upcycling_takes_less_memory_than_the_file_it_writes(tmp_path, format, o
     base = random_checkpoint(wide)
     write_checkpoint(base, tmp_path / "base", "transformers")
     write_checkpoint(siblings_of(base, 1)[0], tmp_path / "one", "transformers")
-    words = ["upcycle", "--base", tmp_path / "base", "--experts", *[tmp_path / "one"] * 3, "--out", tmp_path / out]
-    command = [sys.executable, "-c", MEMORY, *map(str, words), "--format", format]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    lines = [f"upcycle --base base --out x --verify 8 {case}" for case in MEMORY_CASES]
+    command = [sys.executable, "-c", MEMORY, "x", *lines]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    written = tmp_path / out
-    size = written.stat().st_size if written.is_file() else sum(f.stat().st_size for f in written.iterdir())
-    assert size > 200e6
-    anonymous = int(re.search(r"ANON (\d+)", done.stdout)[1])
-    assert anonymous < 0.5 * size, f"{anonymous / size:.2f} of {size / 1e6:.0f} MB"
+    found = re.findall(r"ANON (\d+) SIZE (\d+)", done.stdout)
+    assert len(found) == len(MEMORY_CASES)
+    for case, (anonymous, size) in zip(MEMORY_CASES, found, strict=True):
+        assert int(size) > 100e6
+        assert int(anonymous) < int(size), f"{case}: {int(anonymous) / int(size):.2f} of {size} bytes"

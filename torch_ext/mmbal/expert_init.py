@@ -126,8 +126,8 @@ def plan_experts(
         raise ValueError(f"upcycle: top_k must be from 1 to num_experts = {E}, got {top_k}")
     if shared not in ("base", "mean", "strict"):
         raise ValueError(f"upcycle: shared must be base, mean or strict, got {shared!r}")
-    if noise_std < 0:
-        raise ValueError(f"upcycle: noise_std must not be negative, got {noise_std}")
+    if not 0 <= noise_std < math.inf:
+        raise ValueError(f"upcycle: noise_std must not be negative, and finite, got {noise_std}")
     if not 0 <= drop_ratio <= 1:
         raise ValueError(f"upcycle: drop_ratio must be in [0, 1], got {drop_ratio}")
     for name, value in (("dropout", dropout or 0.0), ("shared_weight", shared_weight)):

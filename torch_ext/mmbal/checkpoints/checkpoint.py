@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .architecture import TOWERS, CLIPArchitecture
 from .layouts import bindings, block_name, canonical_shapes, readers
+from .untrusted import shown
 
 
 class LazyTensor(NamedTuple):
@@ -32,6 +33,7 @@ class Checkpoint:
     notes : what a user should know about how it was read.
     files : other files that belong to it (tokenizer, preprocessing), by name; they go along into a folder.
     preprocess : open_clip's preprocess_cfg, where a folder of open_clip has one; likewise.
+    settings : transformers' configuration, where it was read from one; what it says of training stays.
     """
 
     tensors: dict[str, LazyTensor]
@@ -41,6 +43,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
     preprocess: dict | None = None
+    settings: dict | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].make()
@@ -92,9 +95,9 @@ def from_file_tensors(
 
 def _listed(names, verb=""):
     """The first few of the names, for a message."""
-    shown = ", ".join(name[:80] for name in names[:3])
+    first = ", ".join(shown(name) for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{verb}{shown}{more}" + ("" if verb else " are" if len(names) > 1 else " is")
+    return f"{verb}{first}{more}" + ("" if verb else " are" if len(names) > 1 else " is")
 
 
 class ModelTensors(Mapping):

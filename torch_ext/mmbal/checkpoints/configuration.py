@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from mmbal.dense import ACTIVATIONS
 
 from .architecture import TOWERS, CLIPArchitecture, Mixture, TextTower, VisionTower
+from .untrusted import shown as quoted
 
 FORMAT_VERSION = 1
 # Of the pixels that OpenAI's models were trained on (openai/CLIP, clip.py), by channel.
@@ -15,6 +16,12 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 # transformers' names of activations that have another one here
 FROM_TRANSFORMERS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu", "linear": "identity"}
 TO_TRANSFORMERS = {"gelu_tanh": "gelu_pytorch_tanh", "identity": "linear"}
+# What CLIPVisionConfig and CLIPTextConfig have where config.json says nothing: transformers 4 leaves out what is equal.
+_DEFAULTS = {
+    "vision": {"num_attention_heads": 12, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"},
+    "text": {"num_attention_heads": 8, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
+    | {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1},
+}
 _NOT_IN_SHAPES = {"heads", "activation", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"}
 # open_clip's fields that are only sizes, or that change nothing for a tower of its own transformer class
 _OPEN_CLIP = {
@@ -32,17 +39,18 @@ GELUS = {"gelu": {}, "gelu_tanh": {"approximate": "tanh"}}
 def complete(found: CLIPArchitecture, said: dict, where: str) -> CLIPArchitecture:
     """The architecture that shapes show, with what a configuration says besides.
 
-    said : {"vision": {field: value}, "text": {...}, "mixtures": {tower: Mixture}}. Raises a ValueError where the two
-    disagree.
+    said : {"embed_dim": int, "vision": {field: value}, "text": {...}, "mixtures": {tower: Mixture}}.
+    Raises a ValueError where the two disagree.
     """
     towers = {}
     for tower, cls in (("vision", VisionTower), ("text", TextTower)):
         shown, values = found.tower(tower), said.get(tower) or {}
         towers[tower] = None if shown is None else _complete_tower(shown, values, cls, f"{where}: {tower}")
     if unknown := set(said.get("mixtures", {})) - set(found.mixtures):
-        raise ValueError(
-            f"{where}: has a mixture in {', '.join(sorted(unknown))[:80]}, but the weights have none there"
-        )
+        raise ValueError(f"{where}: has a mixture in {', '.join(sorted(unknown))}, but the weights have none there")
+    width = said.get("embed_dim")
+    if None not in (found.embed_dim, width) and found.embed_dim != width:
+        raise ValueError(f"{where}: embed_dim must be {found.embed_dim} by the weights, got {quoted(width)}")
     mixtures = {}
     for tower, shown in found.mixtures.items():
         if tower not in said.get("mixtures", {}):
@@ -63,7 +71,7 @@ def _complete_tower(shown, values, cls, where):
         if name == "kept_positions" and value is None:
             continue
         if name not in {f.name for f in fields(cls)}:
-            raise ValueError(f"{where} must not have {name[:80]}")
+            raise ValueError(f"{where} must not have {quoted(name)}")
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise ValueError(f"{where}: {name} must be {kind.__name__}, got {type(value).__name__}")
         if name in _NOT_IN_SHAPES:
@@ -106,12 +114,14 @@ def said_by_transformers(config: dict, where: str) -> dict:
     said, tower = {}, lone.get(kind)
     if tower != "text":
         section = config if tower else _section(config, "vision_config", where)
-        said["vision"] = _of_transformers(section, {"patch_size": "patch_size", "image_size": "image_size"})
+        said["vision"] = _of_transformers("vision", section, {name: name for name in ("patch_size", "image_size")})
     if tower != "vision":
         section = config if tower else _section(config, "text_config", where)
         names = {"context_length": "max_position_embeddings", "vocab_size": "vocab_size"}
         names |= {name: name for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        said["text"] = _of_transformers(section, names)
+        said["text"] = _of_transformers("text", section, names)
+    if not tower and "projection_dim" in config:
+        said["embed_dim"] = config["projection_dim"]
     if kind == "clip_moe":
         said["mixtures"] = _mixtures(config.get("mixtures"), where)
     elif tower and config.get("mixture") is not None:
@@ -119,7 +129,8 @@ def said_by_transformers(config: dict, where: str) -> dict:
     return said
 
 
-def _of_transformers(section, names):
+def _of_transformers(tower, section, names):
+    section = _DEFAULTS[tower] | section
     names = names | {
         "width": "hidden_size",
         "layers": "num_hidden_layers",
@@ -128,12 +139,39 @@ def _of_transformers(section, names):
         "layer_norm_eps": "layer_norm_eps",
     }
     values = {ours: section[theirs] for ours, theirs in names.items() if section.get(theirs) is not None}
-    act = section.get("hidden_act", "quick_gelu")  # transformers' default
+    act = section["hidden_act"]
     return values | {"activation": FROM_TRANSFORMERS.get(act, act) if isinstance(act, str) else act}
 
 
-def to_transformers(architecture: CLIPArchitecture) -> dict:
-    """config.json as ``CLIPConfig`` or ``CLIPMoEConfig`` writes it, or one tower's configuration."""
+def to_transformers(architecture: CLIPArchitecture, settings: dict | None = None) -> dict:
+    """config.json as ``CLIPConfig`` or ``CLIPMoEConfig`` writes it, or one tower's configuration.
+
+    settings : the configuration that the model had in transformers; what it says of training (attention_dropout, ...)
+        stays.
+    """
+    config, settings = _to_transformers(architecture), settings or {}
+    for part in (config, *(config[name] for name in ("text_config", "vision_config") if name in config)):
+        name = next((name for name in ("text_config", "vision_config") if config.get(name) is part), None)
+        said = settings if name is None else settings.get(name)
+        said = said if isinstance(said, dict) else {}
+        part |= {
+            key: said[key] for key in OF_TRAINING if key in said and (architecture.mixtures or "router" not in key)
+        }
+    return config
+
+
+# What transformers' configurations of a CLIP say besides sizes.
+OF_TRAINING = (
+    "attention_dropout",
+    "initializer_factor",
+    "initializer_range",
+    "logit_scale_init_value",
+    "output_router_logits",
+    "router_aux_loss_coef",
+)
+
+
+def _to_transformers(architecture):
     sections = {}
     for tower in ("vision", "text"):
         if (sizes := architecture.tower(tower)) is None:
@@ -174,7 +212,7 @@ def said_by_open_clip(config: dict, where: str) -> dict:
     model = _section(config, "model_cfg", where)
     known = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "custom_text", "init_logit_scale"}
     _refuse_others(model, known, f"{where}: model_cfg")
-    said = {}
+    said = {"embed_dim": model["embed_dim"]} if "embed_dim" in model else {}
     for tower in ("vision", "text"):
         section = _section(model, f"{tower}_cfg", where)
         _refuse_others(section, _OPEN_CLIP[tower], f"{where}: {tower}_cfg")
@@ -280,6 +318,7 @@ def said_beside(config: dict, where: str) -> dict:
     said = {tower: config.get(tower) or {} for tower in ("vision", "text")}
     if not all(isinstance(values, dict) for values in said.values()):
         raise ValueError(f"{where}: vision and text must be objects")
+    said["embed_dim"] = config.get("embed_dim")
     return said | {"mixtures": _mixtures(config.get("mixtures", {}), where)}
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from . import configuration
-from .architecture import CLIPArchitecture
 from .checkpoint import Checkpoint, ModelTensors, from_file_tensors
 from .reading import open_checkpoint
 from .recognition import infer_architecture, recognise
@@ -32,7 +31,7 @@ def to_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None):
     if architecture.vision is None or architecture.text is None:
         raise ValueError(f"{checkpoint.path}: must have both towers of a CLIP")
     classes = (CLIPMoEConfig, CLIPMoEModel) if architecture.mixtures else (CLIPConfig, CLIPModel)
-    config = configuration.to_transformers(architecture)
+    config = configuration.to_transformers(architecture, checkpoint.settings)
     with torch.device("meta"):
         model = classes[1](classes[0].from_dict(config))
     tensors = {}
@@ -52,22 +51,18 @@ def from_model(model: nn.Module) -> Checkpoint:
     """The checkpoint of a model of transformers (``CLIPModel``, :class:`mmbal.CLIPMoEModel`, or one tower) or of
     open_clip. Its tensors are the model's own, as they are when they are read."""
     source, layout = recognise(ModelTensors(model), type(model).__name__)
-    where, preprocess = type(model).__name__, None
+    where, preprocess, settings = type(model).__name__, None, None
     if layout == "transformers":
-        architecture = _of_transformers(model, source, where)
+        settings = model.config.to_dict()
+        found = infer_architecture(source, "transformers", where)
+        architecture = configuration.complete(found, configuration.said_by_transformers(settings, where), where)
     else:
         from mmbal.integrations.open_clip import architecture_of
 
         layout, architecture = "open_clip", architecture_of(model)
         preprocess = getattr(model.visual, "preprocess_cfg", None)
-    return Checkpoint(
-        from_file_tensors(source, architecture, layout, where), architecture, "model", preprocess=preprocess
-    )
-
-
-def _of_transformers(model, source, where) -> CLIPArchitecture:
-    found = infer_architecture(source, "transformers", where)
-    return configuration.complete(found, configuration.said_by_transformers(model.config.to_dict(), where), where)
+    tensors = from_file_tensors(source, architecture, layout, where)
+    return Checkpoint(tensors, architecture, "model", preprocess=preprocess, settings=settings)
 
 
 def save_clip_moe(model: nn.Module, path, format: str = "transformers") -> list[str]:

@@ -12,7 +12,7 @@ from . import configuration
 from .architecture import CLIPArchitecture
 from .checkpoint import Checkpoint, from_file_tensors
 from .layouts import LAYOUTS
-from .recognition import HEAD_WIDTH, infer_architecture, recognise
+from .recognition import HEAD_WIDTH, as_part_of_clip, infer_architecture, recognise
 from .tensor_files import find_weights, open_tensors
 from .untrusted import read_json
 
@@ -20,6 +20,8 @@ from .untrusted import read_json
 COMPANIONS = re.compile(
     r"tokenizer.*\.json|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|(pre)?processor_config\.json"
 )
+
+_HEADS = f"and heads to have {HEAD_WIDTH} channels"
 
 
 def open_checkpoint(
@@ -65,8 +67,11 @@ def open_checkpoint(
     layout = _layout(layout, format, archive, config, path, "any" if like else activation)
     preprocess = (config or {}).get("preprocess_cfg")
     preprocess = preprocess if isinstance(preprocess, dict) else None
-    checkpoint = Checkpoint({}, CLIPArchitecture(None, None, None), layout, path, [], files, preprocess)
+    settings = config if layout == "transformers" else None
+    checkpoint = Checkpoint({}, CLIPArchitecture(None, None, None), layout, path, [], files, preprocess, settings)
     if like is not None:
+        if layout == "transformers" and (like.embed_dim or None not in (like.vision, like.text)):
+            source = as_part_of_clip(source)
         checkpoint.architecture = _like(like, source, layout, config, str(path))
     else:
         said = _said(layout, config, str(config_file), checkpoint.notes)
@@ -117,9 +122,9 @@ def _said(layout, config, where, notes):
     if config is not None and "format_version" in config:
         return configuration.said_beside(config, where)
     if layout == "open_clip":
-        notes.append("no open_clip_config.json: the activation is taken to be gelu, open_clip's default")
+        notes.append(f"no open_clip_config.json: the activation is taken to be gelu, open_clip's default, {_HEADS}")
     elif layout == "transformers":
-        notes.append("no config.json: the activation is taken to be quick_gelu, transformers' default")
+        notes.append(f"no config.json: the activation is taken to be quick_gelu, transformers' default, {_HEADS}")
     return {tower: {"activation": "gelu" if layout == "open_clip" else "quick_gelu"} for tower in ("vision", "text")}
 
 
@@ -138,13 +143,15 @@ def _architecture(source, layout, said, where, activation, top_k, notes):
         if layout != "clipmoe":
             raise ValueError(f"{where}: has mixtures, but no configuration that describes them")
         if top_k is None:
-            notes.append("no JSON file beside it: top_k is taken to be 2, DMU's; say top_k otherwise")
+            notes.append(f"no JSON file beside it: top_k is taken to be 2, DMU's, {_HEADS}; say top_k otherwise")
         said = said | {
             "mixtures": {
                 tower: replace(mixture, top_k=top_k or mixture.top_k, activation=said[tower]["activation"])
                 for tower, mixture in found.mixtures.items()
             }
         }
+    elif top_k is not None and not found.mixtures:
+        raise ValueError(f"{where}: top_k is of mixtures, but this is a dense CLIP")
     elif top_k is not None and any(mixture.top_k != top_k for mixture in said.get("mixtures", {}).values()):
         raise ValueError(f"{where}: top_k is said by its configuration, got another one, {top_k}")
     if layout == "clipmoe" and found.text and found.text.kept_positions is None and found.text.context_length > 77:

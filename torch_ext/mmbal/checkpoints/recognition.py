@@ -9,10 +9,12 @@ from math import isqrt
 from torch import Tensor
 
 from .architecture import CLIPArchitecture, Mixture, TextTower, VisionTower
+from .untrusted import shown
 
 # Not weights: masks and indices of old versions, and three numbers that OpenAI's archives store beside them.
 BUFFERS = re.compile(r"(^|\.)(attn_mask|position_ids)$|^(input_resolution|context_length|vocab_size)$")
 HEAD_WIDTH = 64  # of OpenAI's models, which do not store their numbers of heads
+EXPERT_LIMIT = 1 << 16  # of all layers of a tower: a file must not make lists longer than its own
 KEPT_POSITIONS = 20  # Long-CLIP's; the published layout has two tables of positions and no place for this number
 
 
@@ -54,8 +56,8 @@ def recognise(source, where: str) -> tuple[Renamed, str]:
         if "positional_embedding_res" in names or any(".experts.0.c_fc." in name for name in names):
             return Renamed(source, names), "clipmoe"
         return Renamed(source, names), "openai"
-    shown = ", ".join(name[:80] for name in list(names)[:3]) or "no tensor"
-    raise ValueError(f"{where}: must hold a CLIP of OpenAI, open_clip, transformers or CLIP-MoE, got {shown}")
+    first = ", ".join(shown(name) for name in list(names)[:3]) or "no tensor"
+    raise ValueError(f"{where}: must hold a CLIP of OpenAI, open_clip, transformers or CLIP-MoE, got {first}")
 
 
 def _without_lone_prefix(names):
@@ -64,6 +66,14 @@ def _without_lone_prefix(names):
         if all(name.startswith(tower) for name in names):
             return {name.removeprefix(tower): old for name, old in names.items()}
     return names
+
+
+def as_part_of_clip(source: Renamed) -> Renamed:
+    """A lone tower of transformers under the names that it has in a CLIP of two towers, which begin with its own."""
+    for tower in ("vision", "text"):
+        if _OF_LAYOUT["transformers", tower][0] in source:
+            return Renamed(source.source, {f"{tower}_model.{name}": old for name, old in source.names.items()})
+    return source
 
 
 _OF_LAYOUT = {  # names of a stem, by which a tower is known, of its positions, and of what its layers start with
@@ -153,9 +163,12 @@ def _text(stem, positions, layers, mlp_width, two_tables):
 
 def _layers(source, prefix, where):
     """How many layers, the width of their FFNs, and the mixture if some of them are one."""
-    layer = re.compile(re.escape(prefix) + r"(\d{1,6})\.")
-    found = {int(match[1]) for name in source if (match := layer.match(name))}
-    if found != set(range(len(found))) or not found:
+    layer = re.compile(re.escape(prefix) + r"(\d{1,6})\.(experts\.\d{1,6}\.c_fc\.weight$)?")
+    found: dict[int, int] = {}  # how many experts that have tensors of their own
+    for name in source:
+        if match := layer.match(name):
+            found[int(match[1])] = found.get(int(match[1]), 0) + bool(match[2])
+    if set(found) != set(range(len(found))) or not found:
         raise ValueError(f"{where}: layers {prefix}N must be numbered 0, 1, 2, ..., got {len(found)} of them")
     widths, experts, routers = set(), {}, {}
     for n in sorted(found):
@@ -169,9 +182,8 @@ def _layers(source, prefix, where):
         if f"{block}.mlp.experts.w1" in source:
             experts[n], width, _ = _shape(source, f"{block}.mlp.experts.w1", 3, where)
             widths.add(width)
-        elif f"{block}.experts.0.c_fc.weight" in source:
-            numbers = re.compile(re.escape(block) + r"\.experts\.(\d{1,6})\.c_fc\.weight")
-            experts[n] = sum(1 for name in source if numbers.fullmatch(name))
+        elif found[n]:
+            experts[n] = found[n]
     if len(widths) != 1:
         raise ValueError(f"{where}: the FFNs of {prefix}N must have one width, got {sorted(widths)[:5]}")
     if set(experts) != set(routers):
@@ -179,6 +191,8 @@ def _layers(source, prefix, where):
         raise ValueError(f"{where}: {prefix}{odd} must have both a router and experts, or neither")
     if not experts:
         return len(found), widths.pop(), None
+    if sum(experts.values()) > EXPERT_LIMIT:
+        raise ValueError(f"{where}: {prefix}N must have at most {EXPERT_LIMIT} experts, got {sum(experts.values())}")
     kinds = {(experts[n], routers[n][0], routers[n][2]) for n in experts}
     if len(kinds) != 1:
         raise ValueError(f"{where}: the mixtures of {prefix}N must agree in their numbers of experts and in bias")

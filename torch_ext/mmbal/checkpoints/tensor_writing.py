@@ -1,20 +1,15 @@
 """Writing files of tensors from pieces, so that a file larger than memory can be made, and never half a file.
 
 The libraries' own functions take all tensors at once (safetensors.torch.save_file, torch.save); here one piece is in
-memory at a time. A file gets its name only when it is complete and has reached the disk; whatever interrupts the
-writing, an older file of that name stays as it was and nothing else is left (after SIGKILL, a hidden file
-``.NAME.*.partial``).
+memory at a time. A file gets its name only when it is complete and has reached the disk (:mod:`mmbal.files`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,6 +19,7 @@ from torch import Tensor
 from mmbal.checkpoints.tensor_types import SAFETENSORS_NAMES, check_shape
 from mmbal.checkpoints.torch_writing import TorchZip
 from mmbal.checkpoints.untrusted import TEXT_LIMIT, RefusedError, shown
+from mmbal.files import replacing
 
 Progress = Callable[[int], object]
 
@@ -41,29 +37,36 @@ class Entry(NamedTuple):
     make: Callable[[], Iterable[Tensor]]
 
 
-def write_safetensors(path, entries: Iterable[Entry], metadata: dict[str, str] | None = None, progress=None) -> None:
+def write_safetensors(
+    path, entries: Iterable[Entry], metadata: dict[str, str] | None = None, progress=None, create=None
+) -> None:
     """Writes the bytes that safetensors.torch.save_file writes for the same tensors and ``metadata``.
 
     (Its order of several metadata is random; here they are sorted.) ``progress`` is called with the number of bytes
-    of each piece written, as tqdm's update is.
+    of each piece written, as tqdm's update is. ``create`` : of :func:`mmbal.files.replacing`, where other files get
+    their names together with this one.
     """
     path = Path(path)
     entries = _checked(entries, "write_safetensors")
     header = _header(entries, metadata, "write_safetensors")
-    with replacing() as create, create(path) as file:
+    with nullcontext(create) if create else replacing() as create, create(path) as file:
         _write_safetensors(file, entries, *header, progress)
 
 
-def write_torch(path, entries: Iterable[Entry], progress=None) -> None:
+def write_torch(path, entries: Iterable[Entry], progress=None, create=None) -> None:
     """Writes what torch.save writes for an OrderedDict of the tensors, each with a storage of its own.
 
     torch.load reads it, with weights_only and mmap too. The archive is put together by hand: torch.save needs whole
-    tensors. ``progress`` is as in :func:`write_safetensors`.
+    tensors. ``progress`` and ``create`` are as in :func:`write_safetensors`.
     """
     path = Path(path)
     entries = _checked(entries, "write_torch")
     tensors = [(entry.name, entry.shape, entry.dtype) for entry in entries]
-    with replacing() as create, create(path) as file, TorchZip(file, tensors) as archive:
+    with (
+        nullcontext(create) if create else replacing() as create,
+        create(path) as file,
+        TorchZip(file, tensors) as archive,
+    ):
         for index, entry in enumerate(entries):
             with archive.storage(index) as storage:
                 _write_pieces(storage, entry, progress)
@@ -201,52 +204,3 @@ def _write_pieces(file, entry: Entry, progress: Progress | None) -> None:
 def _bytes(piece: Tensor) -> memoryview:
     flat = piece.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy())
-
-
-@contextmanager
-def replacing() -> Iterator[Callable]:
-    """Yields create(path), a context manager of a new file that is written under another name beside ``path``.
-
-    When the block has succeeded the files get their names, in the order in which they were created, and replace what
-    was there. When it has not, none does, and all are removed.
-    """
-    finished: dict[Path, Path] = {}
-    started: list[Path] = []
-    folders: list[Path] = []  # made here, outer ones first
-
-    @contextmanager
-    def create(path) -> Iterator[BinaryIO]:
-        path = Path(path)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise ValueError(f"{path} must be a regular file or not exist, to be written")
-        folders.extend(folder for folder in [*path.parents][::-1] if not folder.exists())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.partial")
-        started.append(partial)
-        with open(partial, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        finished[partial] = path
-
-    try:
-        yield create
-        for partial, path in finished.items():
-            os.replace(partial, path)
-        for folder in {path.parent for path in finished.values()}:
-            _sync_folder(folder)
-    finally:
-        for partial in started:
-            partial.unlink(missing_ok=True)
-        for folder in folders[::-1]:
-            with suppress(OSError):  # it is not empty: all went well
-                folder.rmdir()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from mmbal.expert_init import (
     draw_routers,
     make_experts,
     plan_experts,
+    warn_of_same_experts,
 )
 from mmbal.moe import warn_of_constant_weights
 
@@ -79,6 +80,11 @@ def upcycle_checkpoint(
     routers = draw_routers(widths, plan.num_experts, router_init, generator)
     if experts and shared != "mean":
         check_shared([_compare(base, source, f"experts[{j}]", progress) for j, source in enumerate(experts)], shared)
+    if experts:
+        origins = [base, *experts] if include_base else experts
+        names = ["the base"] * include_base + [_named(source, f"experts[{j}]") for j, source in enumerate(experts)]
+        blocks = (ffn_names(block_name(*layer)) for layer in chosen)
+        warn_of_same_experts(([[source[name] for name in names] for source in origins] for names in blocks), names)
 
     architecture = replace(
         base.architecture,
@@ -118,18 +124,22 @@ def _check_source(base, source, chosen, where):
     for layer in chosen:
         for name in ffn_names(block_name(*layer)):
             if name not in source.tensors:
-                raise ValueError(f"upcycle: {where} ({source.path}) must have {name}")
+                raise ValueError(f"upcycle: {_named(source, where)} must have {name}")
             if source.tensors[name].shape != base.tensors[name].shape:
                 expected, got = list(base.tensors[name].shape), list(source.tensors[name].shape)
-                raise ValueError(f"upcycle: {where} ({source.path}): {name} must be {expected}, got {got}")
+                raise ValueError(f"upcycle: {_named(source, where)}: {name} must be {expected}, got {got}")
     for tower in dict(chosen):
         ours, theirs = base.architecture.tower(tower).activation, source.architecture.tower(tower).activation
         if ours != theirs:
-            raise ValueError(f"upcycle: {where} ({source.path}) must have activation {ours} in {tower}, got {theirs}")
+            raise ValueError(f"upcycle: {_named(source, where)} must have activation {ours} in {tower}, got {theirs}")
+
+
+def _named(source, where):
+    return f"{where} ({source.path})" if source.path else where
 
 
 def _compare(base, source, where, progress):
-    differences = SharedDifferences(f"{where} ({source.path})" if source.path else where)
+    differences = SharedDifferences(_named(source, where))
     if progress:
         progress(differences.name)
     for name in base.tensors:

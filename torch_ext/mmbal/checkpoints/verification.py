@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from mmbal.dense import ACTIVATIONS
 from mmbal.moe import MoEMLP
 
+from .architecture import TOWERS
 from .checkpoint import Checkpoint, mixture_layers
 from .layouts import ffn_names
 
@@ -18,8 +20,8 @@ class LayerReport(NamedTuple):
     """Of one mixture layer on random rows.
 
     error : largest difference between an expert run by the mixture kernels and its FFN by torch, over the FFN's largest
-        output. spread : smallest relative distance |y_i - y_j| / |y_i| between the outputs of two routed experts (0 for
-        copies); NaN with one expert.
+        output; NaN where an expert puts out NaN or infinity. spread : smallest relative distance |y_i - y_j| / |y_i|
+        between the outputs of two routed experts (0 for copies); NaN with one expert.
     """
 
     block: str
@@ -28,7 +30,8 @@ class LayerReport(NamedTuple):
 
 
 def differing_tensors(written: Checkpoint, expected: Checkpoint) -> list[str]:
-    """Canonical names whose bits are not the expected ones, after rounding to the dtype of the file."""
+    """Canonical names whose bits are not the expected ones, after rounding to the dtype of the file. (The bits of NaN
+    are not compared: rounding may change them.)"""
     names = []
     for name in expected.tensors:
         if name not in written.tensors:
@@ -36,10 +39,33 @@ def differing_tensors(written: Checkpoint, expected: Checkpoint) -> list[str]:
             continue
         found = written[name]
         wanted = expected[name].to(found.dtype)
-        same = found.shape == wanted.shape and torch.equal(found.isnan(), wanted.isnan())
-        if not same or not torch.equal(found.nan_to_num(0.0), wanted.nan_to_num(0.0)):
+        if found.shape != wanted.shape or not _same_bits(found, wanted):
             names.append(name)
     return names
+
+
+def _same_bits(a, b):
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    same = a.contiguous().view(integers) == b.contiguous().view(integers)
+    return bool(same.all()) or bool((same | (a.isnan() & b.isnan())).all())
+
+
+def differing_sizes(written: Checkpoint, expected: Checkpoint) -> list[str]:
+    """What the file's description says otherwise than the expected architecture, as "tower: field". The number of
+    tables of positions does not count: formats differ in it."""
+    found, wanted = written.architecture, expected.architecture
+    pairs = [("", found, wanted)]
+    for tower in TOWERS:
+        pairs.append((f"{tower}: ", found.tower(tower), wanted.tower(tower)))
+        pairs.append((f"mixture of {tower}: ", found.mixtures.get(tower), wanted.mixtures.get(tower)))
+    different = []
+    for title, a, b in pairs:
+        if a is None or b is None:
+            different += [title.rstrip(": ")] if a is not b else []
+            continue
+        names = [f.name for f in fields(b) if f.name not in (*TOWERS, "mixtures", "kept_positions")]
+        different += [title + name for name in names if getattr(a, name) != getattr(b, name)]
+    return different
 
 
 @torch.no_grad()
@@ -49,7 +75,7 @@ def verify_layers(checkpoint: Checkpoint, rows: int, seed: int = 0) -> list[Laye
     for tower, _, block in mixture_layers(checkpoint.architecture):
         sizes, mixture = checkpoint.architecture.tower(tower), checkpoint.architecture.mixtures[tower]
         x_ND = torch.randn(rows, sizes.width, generator=torch.Generator().manual_seed(seed))
-        error, outputs = 0.0, []
+        errors, outputs = [], []
         for j in range(mixture.stacked_experts):
             w1, b1, w2, b2 = (checkpoint[name].float() for name in ffn_names(block, j))
             alone = MoEMLP(
@@ -63,13 +89,14 @@ def verify_layers(checkpoint: Checkpoint, rows: int, seed: int = 0) -> list[Laye
             wanted = F.linear(ACTIVATIONS[mixture.activation](F.linear(x_ND, w1, b1)), w2, b2)
             got = alone(x_ND)
             largest = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            error = max(error, ((got - wanted).abs().max() / largest).item())
+            errors.append((got - wanted).abs().max() / largest)
             if j < mixture.num_experts:
                 outputs.append(wanted)
         spreads = [
-            ((a - b).norm() / a.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+            (a - b).norm() / a.norm().clamp_min(torch.finfo(torch.float32).tiny)
             for i, a in enumerate(outputs)
             for b in outputs[i + 1 :]
         ]
-        reports.append(LayerReport(block, error, min(spreads, default=float("nan"))))
+        spread = torch.stack(spreads).min().item() if spreads else float("nan")
+        reports.append(LayerReport(block, torch.stack(errors).max().item(), spread))  # NaN is the largest of all
     return reports

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmbal.files import atomic_folder, replace_file
+from mmbal.files import atomic_folder, check_replaceable, replacing
 
 from . import configuration
 from .architecture import CLIPArchitecture
@@ -19,8 +19,10 @@ from .layouts import LAYOUTS, bindings, is_ffn
 from .reading import COMPANIONS
 from .recognition import HEAD_WIDTH, KEPT_POSITIONS
 from .tensor_writing import Entry, write_safetensors, write_sharded_safetensors, write_torch
+from .untrusted import read_json
 
 PUBLISHED_POSITIONS = 248  # of CLIP-MoE's text tower: 4 * 77 - 3 * 20
+_FOLDER = "those of a CLIP"
 _OF_FOLDER = ("config.json", "open_clip_config.json", "open_clip_model.safetensors", "model.safetensors.index.json")
 
 
@@ -49,10 +51,7 @@ def write_checkpoint(
     """
     path = Path(path)
     notes = check_format(checkpoint.architecture, format)
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already: say overwrite to replace it")
-    if format in ("openai", "clipmoe") and path.is_dir():
-        raise ValueError(f"{path} must be a file for format {format}, it is a folder")
+    check_target(path, format, overwrite)
     if max_shard_bytes is not None and format != "transformers":
         raise ValueError(f"max_shard_bytes is served for format transformers only, got it for {format}")
     if format == "clipmoe":
@@ -61,17 +60,20 @@ def write_checkpoint(
         notes += _lost_positions(checkpoint)
     made = entries(checkpoint, format, dtype)
     if format in ("openai", "clipmoe"):
-        side = path.with_name(path.name + ".json")
-        side.unlink(missing_ok=True)  # it describes the file that is replaced
+        side = _side_of(path)
         write = write_safetensors if path.suffix == ".safetensors" else write_torch
-        write(path, made, progress=progress)
-        if format == "clipmoe":
-            replace_file(side, lambda file: file.write_text(_json(configuration.to_side_file(checkpoint.architecture))))
+        with replacing() as create:
+            write(path, made, progress=progress, create=create)
+            if format == "clipmoe":
+                with create(side) as file:
+                    file.write(_json(configuration.to_side_file(checkpoint.architecture)).encode())
+            if _is_side_file(side):
+                side.unlink()  # at no time does it stand beside another file than the one that it describes
         return notes
-    with atomic_folder(path, _is_clip_folder, "those of a CLIP") as partial:
+    with atomic_folder(path, _is_clip_folder, _FOLDER) as partial:
         metadata = {"format": "pt"}
         if format == "transformers":
-            config = configuration.to_transformers(checkpoint.architecture)
+            config = configuration.to_transformers(checkpoint.architecture, checkpoint.settings)
             config |= {"dtype": str(reduce(torch.promote_types, {e.dtype for e in made})).removeprefix("torch.")}
             (partial / "config.json").write_text(_json(config))
             if max_shard_bytes is None:
@@ -87,11 +89,46 @@ def write_checkpoint(
     return notes
 
 
+def check_target(path: Path, format: str, overwrite: bool) -> None:
+    """Raises a ValueError where ``path`` is not free for ``format``, or where others' files would be replaced."""
+    if format not in LAYOUTS:
+        raise ValueError(f"format must be one of {', '.join(LAYOUTS)}, got {format!r}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already: say overwrite to replace it")
+    if format in ("transformers", "open_clip"):
+        check_replaceable(path, _is_clip_folder, _FOLDER)
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file for format {format}, it is a folder")
+    side = _side_of(path)
+    if _is_side_file(side):
+        if not overwrite:
+            raise ValueError(f"{side} exists already: say overwrite to replace it")
+    elif format == "clipmoe" and (side.exists() or side.is_symlink()):
+        raise ValueError(f"{side} must be the JSON file of a CLIP-MoE or not exist, it is not replaced")
+
+
+def _side_of(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _is_side_file(side: Path) -> bool:
+    try:
+        return {"format_version", "mixtures"} <= set(read_json(side))
+    except ValueError:
+        return False
+
+
 def write_ffns(checkpoint: Checkpoint, path, dtype: torch.dtype | None = None) -> None:
     """FFNs alone under OpenAI's names, a file of torch or safetensors; :func:`mmbal.upcycle_checkpoint` takes it."""
     path = Path(path)
     made = [
-        Entry(name, lazy.shape, dtype or lazy.dtype, lambda lazy=lazy: [lazy.make().to(dtype or lazy.dtype)])
+        Entry(
+            name,
+            lazy.shape,
+            dtype or lazy.dtype,
+            lambda name=name, lazy=lazy: [_rounded(lazy.make(), dtype or lazy.dtype, name)],
+        )
         for name, lazy in checkpoint.tensors.items()
         if is_ffn(name)
     ]
@@ -105,11 +142,21 @@ def entries(checkpoint: Checkpoint, format: str, dtype: torch.dtype | None = Non
         kind = dtype or reduce(torch.promote_types, (checkpoint.tensors[part].dtype for part in binding.parts))
 
         def make():
-            return (piece.to(kind) for piece in binding.pieces(checkpoint.__getitem__))
+            return (_rounded(piece, kind, binding.name) for piece in binding.pieces(checkpoint.__getitem__))
 
         return Entry(binding.name, binding.shape, kind, make)
 
     return [entry(binding) for binding in bindings(checkpoint.architecture, format)]
+
+
+def _rounded(tensor, dtype, name):
+    """In ``dtype``; raises a ValueError where that makes finite values infinite."""
+    result = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and bool((result.isinf() & tensor.isfinite()).any()):
+        largest = tensor[tensor.isfinite()].abs().max().item()
+        limit = torch.finfo(dtype).max
+        raise ValueError(f"{name} has values up to {largest:.4g}, but {dtype} holds at most {limit:.4g}")
+    return result
 
 
 def check_format(architecture: CLIPArchitecture, format: str) -> list[str]:

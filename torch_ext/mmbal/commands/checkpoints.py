@@ -32,21 +32,21 @@ From = Annotated[str, typer.Option("--from", help="Format of what is read, where
 
 
 def _console() -> Console:
-    return Console(soft_wrap=True, highlight=False)
+    return Console(soft_wrap=True, highlight=False, markup=False)  # a path may have brackets
 
 
 @contextmanager
-def _refusals():
-    """Errors that name what is wrong with the input are messages, not tracebacks."""
+def _refusals(code: int = 1):
+    """Errors that name what is wrong with the input are messages, not tracebacks, and end with ``code``."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
             yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(code) from None
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -73,12 +73,16 @@ def _write(checkpoint, out, format, dtype, overwrite, max_shard_bytes=None):
     from mmbal.checkpoints.writing import entries
 
     total = sum(entry.dtype.itemsize * _numel(entry.shape) for entry in entries(checkpoint, format, _dtype(dtype)))
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"writing {out.name}", total=total)
-        notes = write_checkpoint(
-            checkpoint, out, format, _dtype(dtype), max_shard_bytes, overwrite, lambda done: bar.advance(task, done)
-        )
+        try:
+            notes = write_checkpoint(
+                checkpoint, out, format, _dtype(dtype), max_shard_bytes, overwrite, lambda done: bar.advance(task, done)
+            )
+        except KeyboardInterrupt:
+            print(f"{out} was not written", file=sys.stderr)
+            raise
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
@@ -90,12 +94,16 @@ def _numel(shape):
     return size
 
 
-def _check_out(out, format, overwrite):
+def _check_out(out, format, overwrite, dtype=None):
     """Refuses before any weight is read."""
+    from mmbal.checkpoints.writing import check_target
+
+    _dtype(dtype)
     if out.exists() and not overwrite:
         raise ValueError(f"--out {out} exists already; --overwrite replaces it")
     if format in ("transformers", "open_clip") and out.suffix in (".pt", ".safetensors", ".bin"):
         raise ValueError(f"--out must be a folder for --format {format}, got {out}")
+    check_target(out, format, overwrite)
 
 
 @app.command(cls=SeveralValues)
@@ -140,7 +148,7 @@ def upcycle(
     dtype: Dtype = None,
     max_shard: Annotated[float | None, typer.Option(help="GB a file, for --format transformers.")] = None,
     verify: Annotated[
-        int, typer.Option(help="Random rows that each expert is run on after writing; 0: no check.")
+        int, typer.Option(min=0, help="Random rows that each expert is run on after writing; 0: no check.")
     ] = 64,
     allow_jit: AllowJit = False,
     overwrite: Overwrite = False,
@@ -149,7 +157,7 @@ def upcycle(
     from mmbal.checkpoints import stretch_positions, upcycle_checkpoint
 
     with _refusals():
-        _check_out(out, format, overwrite)
+        _check_out(out, format, overwrite, dtype)
         reading = {"format": from_format, "activation": activation, "allow_jit": allow_jit}
         dense = _open(base, **reading)
         like = dense.architecture
@@ -185,12 +193,16 @@ def upcycle(
 
 def _verify(out, expected, rows, console):
     from mmbal.checkpoints import open_checkpoint
-    from mmbal.checkpoints.verification import differing_tensors, verify_layers
+    from mmbal.checkpoints.verification import differing_sizes, differing_tensors, verify_layers
 
     written = open_checkpoint(out)
+    if different := differing_sizes(written, expected):
+        raise ValueError(f"{out}: read again, it says something else of {', '.join(different)}")
     if different := differing_tensors(written, expected):
         raise ValueError(f"{out}: read again, {len(different)} tensors are not what was written, {different[0]} first")
     reports = verify_layers(written, rows)
+    if bad := [report.block for report in reports if report.error != report.error]:
+        raise ValueError(f"{out} is written, but experts put out NaN or infinity in {len(bad)} layers, {bad[0]} first")
     worst = max(reports, key=lambda report: report.error)
     dtype = {lazy.dtype for name, lazy in written.tensors.items() if ".experts." in name}
     console.print(
@@ -202,7 +214,10 @@ def _verify(out, expected, rows, console):
         raise ValueError(f"{out}: {worst.block} computes something else than its FFNs, by {worst.error:.1e}")
     closest = min(reports, key=lambda report: report.spread)
     if closest.spread == 0:
-        console.print("Two experts of a layer are the same: until they differ, the task gives routers no gradient.")
+        console.print(
+            "Two experts of a layer are the same: until they differ, the task gives its router no reason to choose "
+            f"between them ({closest.block})."
+        )
     elif closest.spread == closest.spread:
         console.print(
             f"Experts differ: the closest two are {closest.spread:.1%} apart in what they put out ({closest.block})."
@@ -286,15 +301,17 @@ def diff(
     activation: Activation = "auto",
     allow_jit: AllowJit = False,
 ):
-    """Which tensors of two checkpoints differ, and by how much. Ends with 0 where none does, with 1 where some do.
+    """Which tensors of two checkpoints differ, and by how much. Ends with 0 where none does, with 1 where some do, and
+    with 2 where they cannot be compared.
 
     Experts of one base may differ in their FFNs alone (MCL): the last line says whether that holds.
     """
     from mmbal.checkpoints.comparison import compare
 
-    with _refusals():
+    with _refusals(code=2):
         reading = {"activation": activation, "allow_jit": allow_jit}
-        first, second = (_open(path, format="auto" if path.is_dir() else from_format, **reading) for path in (a, b))
+        formats = ["auto" if path.is_dir() else from_format for path in (a, b)]  # a folder always tells its own
+        first, second = (_open(path, format=f, **reading) for path, f in zip((a, b), formats, strict=True))
         groups = compare(first, second)
         console = _console()
         table = Table("", "tensors", "differ", "largest difference", "relative distance", box=None, pad_edge=False)
@@ -333,7 +350,7 @@ def convert(
     from mmbal.checkpoints import stretch_positions
 
     with _refusals():
-        _check_out(out, format, overwrite)
+        _check_out(out, format, overwrite, dtype)
         checkpoint = _open(path, format=from_format, activation=activation, top_k=top_k, allow_jit=allow_jit)
         if text_positions is not None:
             checkpoint = stretch_positions(checkpoint, text_positions)
@@ -359,7 +376,9 @@ def extract_expert(
     from mmbal.checkpoints.writing import write_ffns
 
     with _refusals():
-        _check_out(out, format, overwrite)
+        if ffn_only and format != "openai":
+            raise ValueError(f"--ffn-only writes FFNs under OpenAI's names, not in --format {format}")
+        _check_out(out, format, overwrite, dtype)
         dense = extract(_open(path, top_k=top_k), expert, ffn_only)
         if ffn_only:
             write_ffns(dense, out, _dtype(dtype))

@@ -47,7 +47,7 @@ class Workshop:
         """The model of a stage of training, train(trainer, model in `start`, *arguments), from its folder `name`."""
 
         def make() -> dict:
-            outcome = train(self.trainer, self._to_train(start), *arguments)
+            outcome = train(self.trainer, self.load(start), *arguments)
             self._save(outcome.model, name)
             speed = outcome.tokens / max(outcome.seconds, 1e-9)
             return {"steps": steps, "seconds": outcome.seconds, "tokens_per_second": speed}
@@ -67,12 +67,3 @@ class Workshop:
 
     def _save(self, model: CLIPModel, name: str) -> None:
         write_checkpoint(from_model(model), self.folder / name, "transformers", overwrite=True)
-
-    def _to_train(self, name: str) -> CLIPModel:
-        """With the parent's attention dropout, which these folders do not keep."""
-        model = self.load(name)
-        for tower in ("vision_model", "text_model"):
-            layers = getattr(model, tower).encoder.layers, getattr(self.parent, tower).encoder.layers
-            for own, other in zip(*layers, strict=True):
-                own.self_attn.dropout = other.self_attn.dropout
-        return model

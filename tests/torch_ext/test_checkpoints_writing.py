@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from dataclasses import replace
 
@@ -73,6 +74,20 @@ def test_a_killed_writer_leaves_what_was_there_under_its_name(tmp_path, format):
     status, _ = run_forked(lambda: write_checkpoint(second, path, format, overwrite=True, progress=kill))
     assert status == -signal.SIGKILL
     assert_same(open_checkpoint(path), first)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_leaves_nothing_and_names_the_file(tmp_path, format):
+    def write():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        with pytest.raises(OSError) as caught:
+            write_checkpoint(random_checkpoint(SMALL), tmp_path / "folder" / FORMATS[format], format)
+        return caught.value
+
+    status, text = run_forked(write)
+    assert status == 0 and "File too large" in text and FORMATS[format] in text, text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_dtype_for_all_rounds_once(tmp_path):

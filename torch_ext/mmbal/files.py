@@ -35,11 +35,12 @@ def replacing() -> Iterator[Callable]:
 
         @contextmanager
         def create(path) -> Iterator[BinaryIO]:
-            with place(Path(path)) as partial, open(partial, "r+b") as file:
+            with place(Path(path)) as partial:
                 try:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
+                    with open(partial, "wb") as file:
+                        yield file
+                        file.flush()
+                        os.fsync(file.fileno())
                 except OSError as error:  # a full disk does not say of which file it speaks
                     if error.filename is not None or error.errno is None:
                         raise

@@ -53,9 +53,6 @@ class Checkpoint:
         ordered = {name: tensors[name] for name in canonical_shapes(architecture)}
         return replace(self, tensors=ordered, architecture=architecture)
 
-    def router_shapes(self) -> list[tuple[int, ...]]:
-        return [lazy.shape for name, lazy in self.tensors.items() if ".gate." in name]
-
 
 def from_file_tensors(
     source, architecture: CLIPArchitecture, layout: str, where: str, partial: bool = False

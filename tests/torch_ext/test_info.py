@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import mmbal
 from mmbal.cli import app
+from mmbal.integrations.experts import experts_registry_status
 
 THREADS = torch.get_num_threads()
 OPERATORS = ("moe_topk", "moe_dispatch", "expert_mlp", "load_balance_loss", "router_z_loss")
@@ -83,6 +84,11 @@ def test_info_prints_the_number_of_threads(info, info_of_less):
 def test_info_says_whether_the_cuda_library_is_there(info):
     (line,) = [line for line in info.splitlines() if re.search("(?i)cuda.*lib|lib.*cuda|^.?.?cuda", line)][:1]
     assert re.search("(?i)not|no|absent|missing|yes|present|found|loaded|available|/", line)
+
+
+def test_info_says_whether_transformers_knows_our_experts(info):
+    (line,) = [line for line in info.splitlines() if line.startswith("in transformers")]
+    assert experts_registry_status() in line
 
 
 def on_cuda(operator, *arguments):

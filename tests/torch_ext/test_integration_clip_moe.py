@@ -277,10 +277,8 @@ assert "clip_moe" in CONFIG_MAPPING and "mmbal.integrations.clip_moe" not in sys
 model = AutoModel.from_pretrained({str(tmp_path)!r})
 print(type(model).__name__, sum(p.double().sum().item() for p in model.parameters()))
 """
-    result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:mmbal", "-c", script], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "additions" not in result.stderr, result.stderr
     name, total = result.stdout.split()[-2:]
     assert name == "CLIPMoEModel"
     assert float(total) == sum(p.double().sum().item() for p in moe.parameters())

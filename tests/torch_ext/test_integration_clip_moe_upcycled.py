@@ -16,6 +16,7 @@ import mmbal
 from clip_moe_models import assert_identical, build, layers_of
 from mmbal.integrations.clip_moe import (
     CLIPMoEModel,
+    CLIPMoETextConfig,
     CLIPMoETextModelWithProjection,
     CLIPMoEVisionConfig,
     CLIPMoEVisionModel,
@@ -159,6 +160,23 @@ def test_one_tower_is_upcycled_saved_and_loaded_alone(make_clip, clip_batch, tmp
             loaded(clip_batch[inputs]).to_tuple(), tower(clip_batch[inputs]).to_tuple(), strict=True
         ):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(("config_class", "tower"), [(CLIPMoEVisionConfig, "vision"), (CLIPMoETextConfig, "text")])
+def test_the_mixture_of_one_tower_is_checked_and_may_be_absent(config_class, tower):
+    assert config_class().mixture is None
+    assert config_class(mixture={"layers": [0], "num_experts": 3}).mixtures[tower]["top_k"] == 2
+    with pytest.raises(ValueError, match="layers must be below num_hidden_layers = 2"):
+        config_class(mixture={"layers": [2], "num_experts": 3}, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="top_k must be"):
+        config_class(mixture={"layers": [0], "num_experts": 3, "top_k": 4})
+
+
+@pytest.mark.parametrize("kind", [CLIPMoEModel, CLIPMoEVisionModel])
+def test_a_dense_folder_is_refused_with_what_to_do(make_clip, tmp_path, kind):
+    make_clip(0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must have a mixture; .*mmbal.upcycle"):
+        kind.from_pretrained(tmp_path)
 
 
 def test_the_vision_tower_of_a_clip_moe_loads_alone_and_as_the_tower_of_another_model(moe, clip_batch, tmp_path):

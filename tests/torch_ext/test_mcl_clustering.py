@@ -253,6 +253,14 @@ def test_features_that_do_not_belong_together_are_refused(second, named):
             cluster_stages([second()], 2, previous=cluster_stages([features("base")], 2))
 
 
+def test_a_seed_too_large_for_a_stage_is_named_as_it_was_given_before_any_clustering():
+    given, most = [features("base"), features("first", 1)], (2**32 - 1 - 2) // 100
+    for seed in (-1, most + 1):
+        with pytest.raises(ValueError, match=f"cluster_stages: seed must be from 0 to {most}, got {seed}$"):
+            cluster_stages(given, 2, seed)
+    assert cluster_stages(given, 2, most).stages[1].seed == most
+
+
 def test_the_same_model_twice_is_announced():
     with pytest.warns(UserWarning, match="stage 2 come from the same weights"):
         cluster_stages([features("base"), features("base")], 2)

@@ -40,6 +40,13 @@ def _bfloat16() -> str:
     return f"converted to float32 while packing: {why}"
 
 
+def _experts_registry() -> str:
+    """transformers is imported for this in part, which takes a moment; it is installed with mmbal."""
+    from mmbal.integrations.experts import experts_registry_status
+
+    return experts_registry_status()
+
+
 def _cuda_library():
     """What the CUDA library is, and whether this torch can use it."""
     import torch
@@ -90,6 +97,7 @@ def info():
             else "; gradients take fresh pages in every step, which torch 2.13 or later need not"
         ),
         "CUDA library": _cuda_library(),
+        "in transformers": _experts_registry(),
         "operators": "\n".join(_operators()),
     }
     for name, value in rows.items():

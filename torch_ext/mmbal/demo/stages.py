@@ -57,8 +57,8 @@ class Recipe:
 
     @classmethod
     def quick(cls) -> Recipe:
-        """The same stages with a few steps each: shows that everything works, and no gain."""
-        return cls(mcl_steps=2, router_steps=2, final_steps=min(2, cls.final_steps))
+        """The same stages with a few small steps each: shows that everything works, and no gain."""
+        return cls(batch=32, mcl_steps=2, router_steps=2, final_steps=min(2, cls.final_steps))
 
 
 @dataclass

@@ -4,7 +4,6 @@ After ``import mmbal`` they load with ``AutoModel.from_pretrained`` as transform
 """
 
 import copy
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -13,9 +12,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
     CLIPModel,
+    CLIPProcessor,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizerFast,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
 )
@@ -46,10 +49,11 @@ class _WithMixtures:
     def __init__(self, config):
         if not config.mixtures:
             raise ValueError(
-                f"{type(self).__name__}: the configuration must have a mixture; use CLIP's classes without"
+                f"{type(self).__name__}: the configuration must have a mixture; a dense model is loaded with CLIP's own "
+                "class, and mmbal.upcycle gives it one"
             )
         mixtures = {tower: Mixture.from_json(value, tower) for tower, value in config.mixtures.items()}
-        options = {tower: _layer_options(mixture) for tower, mixture in mixtures.items()}
+        options = {tower: mixture.options() for tower, mixture in mixtures.items()}
         super().__init__(config)
         for tower, mixture in mixtures.items():
             blocks = _blocks(self, tower)
@@ -231,15 +235,6 @@ def _change_class(model, target: type) -> None:
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs  # by class; only a constructor enters it otherwise
 
 
-def _layer_options(mixture: Mixture) -> dict:
-    """Options of the mixture as MoEMLP's arguments."""
-    options = mixture.options()
-    known = inspect.signature(MoEMLP.__init__).parameters
-    if mixture.shared_expert and "shared_expert" not in known:
-        raise ValueError("CLIPMoEConfig: shared_expert=True is not served by this version of MoEMLP")
-    return {name: value for name, value in options.items() if name in known}
-
-
 def _new_layer(mlp: CLIPMLP, options: dict) -> MoEMLP:
     like = mlp.fc1.weight
     layer = MoEMLP(mlp.fc1.in_features, mlp.fc1.out_features, **options, device=like.device, dtype=like.dtype)
@@ -307,11 +302,14 @@ def _options_of(layer: MoEMLP, config, where: str) -> dict:
 
 
 def _register() -> None:
-    """Models for AutoModel, and the names of the weights in files of one tower, which are as CLIP's."""
+    """Models for AutoModel, CLIP's processor and tokenizer for AutoProcessor and pipelines, and the names of the weights
+    in files of one tower, which are as CLIP's."""
     AutoModel.register(CLIPMoEConfig, CLIPMoEModel)
     AutoModelForZeroShotImageClassification.register(CLIPMoEConfig, CLIPMoEModel)
     AutoModel.register(CLIPMoEVisionConfig, CLIPMoEVisionModel)
     AutoModel.register(CLIPMoETextConfig, CLIPMoETextModel)
+    AutoProcessor.register(CLIPMoEConfig, CLIPProcessor)
+    AutoTokenizer.register(CLIPMoEConfig, fast_tokenizer_class=CLIPTokenizerFast)
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,

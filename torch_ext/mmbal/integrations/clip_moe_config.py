@@ -20,7 +20,10 @@ class _NeedsModels:
 
 
 class _TowerConfig(_NeedsModels):
-    """``mixture``: JSON of the :class:`Mixture` of this tower."""
+    """``mixture``: JSON of the :class:`Mixture` of this tower.
+
+    Derived classes must name ``__init__`` themselves: transformers gives a class without one that of a dataclass.
+    """
 
     def __init__(self, mixture=None, **options):
         options.pop("model_type", None)
@@ -44,11 +47,13 @@ class _TowerConfig(_NeedsModels):
 class CLIPMoEVisionConfig(_TowerConfig, CLIPVisionConfig):
     model_type = "clip_moe_vision_model"
     tower = "vision"
+    __init__ = _TowerConfig.__init__
 
 
 class CLIPMoETextConfig(_TowerConfig, CLIPTextConfig):
     model_type = "clip_moe_text_model"
     tower = "text"
+    __init__ = _TowerConfig.__init__
 
 
 TOWER_CONFIGS = {"text": CLIPMoETextConfig, "vision": CLIPMoEVisionConfig}

@@ -142,6 +142,10 @@ def cluster_stages(
         raise ValueError("cluster_stages: features of at least one model must be given")
     if min_size < 0:
         raise ValueError(f"cluster_stages: min_size must be at least 0, got {min_size}")
+    last = len(features) + (len(previous.stages) if previous else 0)
+    if seed < 0 or stage_seed(seed, last) >= 2**32:
+        most = (2**32 - 1 - stage_seed(0, last)) // stage_seed(1, 0)
+        raise ValueError(f"cluster_stages: seed must be from 0 to {most}, got {seed}")
     pairs, rows = features[0].source.pairs, features[0].source.rows
     index = features[0].index.numpy()
     if previous is not None:

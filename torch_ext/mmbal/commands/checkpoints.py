@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mmbal.commands.refusals import refusals
 from mmbal.commands.several_values import SeveralValues
 
 app = typer.Typer()
@@ -33,21 +32,6 @@ From = Annotated[str, typer.Option("--from", help="Format of what is read, where
 
 def _console() -> Console:
     return Console(soft_wrap=True, highlight=False, markup=False)  # a path may have brackets
-
-
-@contextmanager
-def _refusals(code: int = 1):
-    """Errors that name what is wrong with the input are messages, not tracebacks, and end with ``code``."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
-            yield
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def _dtype(name):
@@ -156,7 +140,7 @@ def upcycle(
     """Makes a CLIP-MoE of dense CLIPs (DMU, arXiv 2409.19291): FFNs become mixtures of those of base and experts."""
     from mmbal.checkpoints import stretch_positions, upcycle_checkpoint
 
-    with _refusals():
+    with refusals():
         _check_out(out, format, overwrite, dtype)
         reading = {"format": from_format, "activation": activation, "allow_jit": allow_jit}
         dense = _open(base, **reading)
@@ -244,7 +228,7 @@ def inspect(
     allow_jit: AllowJit = False,
 ):
     """Says what a checkpoint is: format, sizes, experts, layers, numbers of parameters, dtypes. Reads no weights."""
-    with _refusals():
+    with refusals():
         checkpoint = _open(path, format=from_format, activation=activation, top_k=top_k, allow_jit=allow_jit)
         architecture, console = checkpoint.architecture, _console()
         table = Table(show_header=False, box=None, pad_edge=False)
@@ -308,7 +292,7 @@ def diff(
     """
     from mmbal.checkpoints.comparison import compare
 
-    with _refusals(code=2):
+    with refusals(code=2):
         reading = {"activation": activation, "allow_jit": allow_jit}
         formats = ["auto" if path.is_dir() else from_format for path in (a, b)]  # a folder always tells its own
         first, second = (_open(path, format=f, **reading) for path, f in zip((a, b), formats, strict=True))
@@ -349,7 +333,7 @@ def convert(
     """Writes a checkpoint in another format; weights stay bit for bit unless --dtype changes them."""
     from mmbal.checkpoints import stretch_positions
 
-    with _refusals():
+    with refusals():
         _check_out(out, format, overwrite, dtype)
         checkpoint = _open(path, format=from_format, activation=activation, top_k=top_k, allow_jit=allow_jit)
         if text_positions is not None:
@@ -375,7 +359,7 @@ def extract_expert(
     from mmbal.checkpoints import extract_expert as extract
     from mmbal.checkpoints.writing import write_ffns
 
-    with _refusals():
+    with refusals():
         if ffn_only and format != "openai":
             raise ValueError(f"--ffn-only writes FFNs under OpenAI's names, not in --format {format}")
         _check_out(out, format, overwrite, dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmbal.commands.refusals import refusals
 from mmbal.commands.several_values import SeveralValues
 
 app = typer.Typer(
@@ -35,19 +35,6 @@ class Algorithm(str, Enum):
     auto = "auto"
     kmeans = "kmeans"
     minibatch = "minibatch"
-
-
-@contextmanager
-def _refusals(interrupted: str = "Interrupted."):
-    """Errors that a user can mend, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo(f"\n{interrupted}", err=True)
-        raise typer.Exit(130) from None
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -99,7 +86,7 @@ def extract(
 
     part = _shard(shard)
     kept = "Interrupted. Finished parts are kept; the same command goes on from there."
-    with _refusals(kept):
+    with refusals(interrupted=kept):
         features = extract_features(
             model,
             pairs,
@@ -132,7 +119,7 @@ def merge(
     """Joins the shards of one extraction."""
     from mmbal.mcl import Features, merge_features
 
-    with _refusals():
+    with refusals():
         merged = merge_features([Features.load(path) for path in features])
         merged.save(out)
         typer.echo(f"{out}: {len(merged)} pairs")
@@ -200,7 +187,7 @@ def cluster(
     """k-means of images and of texts for each model, joint labels, accumulated over the models."""
     from mmbal.mcl import ClusterLabels, Features, cluster_stages
 
-    with _refusals():
+    with refusals():
         previous = ClusterLabels.load(labels) if labels else None
         loaded = [Features.load(path) for path in features]
         found = cluster_stages(

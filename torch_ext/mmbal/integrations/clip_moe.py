@@ -49,8 +49,8 @@ class _WithMixtures:
     def __init__(self, config):
         if not config.mixtures:
             raise ValueError(
-                f"{type(self).__name__}: the configuration must have a mixture; a dense model is loaded with CLIP's own "
-                "class, and mmbal.upcycle gives it one"
+                f"{type(self).__name__}: the configuration must have a mixture; a dense model is loaded with CLIP's "
+                "own class, and mmbal.upcycle gives it one"
             )
         mixtures = {tower: Mixture.from_json(value, tower) for tower, value in config.mixtures.items()}
         options = {tower: mixture.options() for tower, mixture in mixtures.items()}
@@ -302,8 +302,8 @@ def _options_of(layer: MoEMLP, config, where: str) -> dict:
 
 
 def _register() -> None:
-    """Models for AutoModel, CLIP's processor and tokenizer for AutoProcessor and pipelines, and the names of the weights
-    in files of one tower, which are as CLIP's."""
+    """Models for AutoModel, CLIP's processor and tokenizer for AutoProcessor and pipelines, and the names of the
+    weights in files of one tower, which are as CLIP's."""
     AutoModel.register(CLIPMoEConfig, CLIPMoEModel)
     AutoModelForZeroShotImageClassification.register(CLIPMoEConfig, CLIPMoEModel)
     AutoModel.register(CLIPMoEVisionConfig, CLIPMoEVisionModel)

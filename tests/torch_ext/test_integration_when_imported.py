@@ -1,6 +1,5 @@
 import importlib
 import importlib.util
-import subprocess
 import sys
 import threading
 import time
@@ -97,27 +96,13 @@ def test_two_additions_to_one_module_are_made_in_their_order_even_if_the_first_f
     assert calls == [2]
 
 
-def test_the_finders_of_other_threads_are_not_moved_and_somebody_who_looks_hides_nothing(make_module):
-    """Looking for the module, in one thread, must not let the import in another one pass unseen."""
-    name, calls, before = make_module("late_six"), [], list(sys.meta_path)
-    inside, go_on = threading.Event(), threading.Event()
-
-    class Slow:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname == name and threading.current_thread() is looking:
-                inside.set()
-                go_on.wait(10)
-
-    when_imported(name, lambda: calls.append(1))
-    sys.meta_path.insert(1, Slow())
-    looking = threading.Thread(target=importlib.util.find_spec, args=[name])
-    looking.start()
-    assert inside.wait(10)
+def test_the_list_of_finders_stays_as_it_is_while_modules_are_imported(make_module):
+    """Another thread may be walking through it."""
+    name = make_module("late_six")
+    when_imported(name, lambda: None)
+    before = list(sys.meta_path)
     importlib.import_module(name)
-    go_on.set()
-    looking.join()
-    assert calls == [1]
-    assert [finder for finder in sys.meta_path if type(finder) is not Slow] == before
+    assert sys.meta_path == before
 
 
 def test_a_module_that_another_thread_is_importing_is_waited_for(make_module):
@@ -136,27 +121,17 @@ def test_a_module_that_another_thread_is_importing_is_waited_for(make_module):
     assert calls == [3]
 
 
-def test_transformers_is_not_imported_by_mmbal_and_knows_clip_moe_and_the_experts_afterwards():
-    """In a new process, as a user has it, with two threads that import transformers at once."""
-    script = """
-import sys, threading, mmbal
-before = [name for name in sys.modules if name.split(".")[0] == "transformers"]
-assert not before, before
-import transformers  # which threads must not do at once, with or without mmbal
-def load():
-    from transformers import AutoConfig
-    assert type(AutoConfig.for_model("clip_moe")).__name__ == "CLIPMoEConfig"
-    done.append(1)
-done, threads = [], [threading.Thread(target=load) for _ in range(2)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-assert len(done) == 2
-try:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-except ImportError:
-    pass
-else:
-    assert "mmbal" in ALL_EXPERTS_FUNCTIONS
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0 and "additions" not in result.stderr, result.stderr
+def test_threads_that_import_the_module_at_once_find_the_addition_made_once(make_module):
+    name, calls, seen = make_module("late_eight", "import time\ntime.sleep(0.2)"), [], []
+    when_imported(name, lambda: calls.append(1))
+
+    def use():
+        importlib.import_module(name)
+        seen.append(len(calls))
+
+    threads = [threading.Thread(target=use) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1, 1, 1]

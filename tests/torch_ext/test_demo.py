@@ -138,7 +138,8 @@ def test_an_interrupted_run_keeps_its_stages_and_ends_like_an_uninterrupted_one(
     while not list(out.glob("stages/*/mcl_1.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, process.stderr.read().decode()
+    # A shell says 130 in both cases: the program ends with 130, or Python ends itself with the signal.
+    assert process.wait(timeout=60) in (130, -signal.SIGINT), process.stderr.read().decode()
     assert not (out / "report.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("stages/*/*.json")}
     assert "mcl_1.json" in {path.name for path in kept}

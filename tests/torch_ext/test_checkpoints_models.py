@@ -183,6 +183,20 @@ def test_what_a_configuration_says_of_training_goes_along(make_clip, tmp_path):
     assert "output_router_logits" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
+def test_models_that_are_wrapped_or_split_are_refused_with_what_to_do(moe, tmp_path):
+    with pytest.raises(ValueError, match=r"DataParallel wraps a model: its \.module must be given"):
+        save_clip_moe(torch.nn.DataParallel(moe), tmp_path / "wrapped")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        torch.distributed.fsdp.fully_shard(moe.vision_model.encoder.layers[2], mesh=mesh)
+        with pytest.raises(ValueError, match="weights are split over processes, vision_model.*get_model_state_dict"):
+            save_clip_moe(moe, tmp_path / "split")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_config_json_says_what_the_mixtures_are(moe, tmp_path):
     save_clip_moe(moe, tmp_path / "x")
     config = json.loads((tmp_path / "x" / "config.json").read_text())

@@ -50,7 +50,15 @@ def to_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None):
 def from_model(model: nn.Module) -> Checkpoint:
     """The checkpoint of a model of transformers (``CLIPModel``, :class:`mmbal.CLIPMoEModel`, or one tower) or of
     open_clip. Its tensors are the model's own, as they are when they are read."""
-    source, layout = recognise(ModelTensors(model), type(model).__name__)
+    tensors = ModelTensors(model)
+    if len(tensors) and all(name.startswith("module.") for name in tensors):
+        raise ValueError(f"{type(model).__name__} wraps a model: its .module must be given")
+    if split := [name for name, tensor in tensors.tensors.items() if hasattr(tensor, "device_mesh")]:
+        raise ValueError(
+            f"{type(model).__name__}: weights are split over processes, {split[0]} first; a whole model must be given,"
+            " as from torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+        )
+    source, layout = recognise(tensors, type(model).__name__)
     where, preprocess, settings = type(model).__name__, None, None
     if layout == "transformers":
         settings = model.config.to_dict()

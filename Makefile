@@ -20,7 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(VENV)/bin/python -m pip
 CONSTRAINTS := $(VENV)/mmbal-constraints.txt
 INSTALLED := $(VENV)/mmbal-installed
-CMAKE_TESTS := -G Ninja -DMMBAL_BUILD_TESTS=ON -DMMBAL_WERROR=ON
+# cuda-check compiles what is for CUDA, with warnings as errors too.
+CMAKE_TESTS := -G Ninja -DMMBAL_BUILD_TESTS=ON -DMMBAL_WERROR=ON -DMMBAL_CUDA=OFF
 NVCC := $(if $(filter 0,$(MMBAL_CUDA)),,$(shell command -v nvcc 2>/dev/null))
 
 sources := $(shell find include ops cmake torch_ext -type f ! -name '*.pyc' ! -name '*.so')
@@ -115,13 +116,13 @@ format: $(INSTALLED) ## format all sources
 
 .PHONY: asan
 asan: $(INSTALLED) gtest ## C tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	cmake -S . -B build/asan $(CMAKE_TESTS) -DMMBAL_SANITIZE=address -DMMBAL_CUDA=OFF --log-level=WARNING
+	cmake -S . -B build/asan $(CMAKE_TESTS) -DMMBAL_SANITIZE=address --log-level=WARNING
 	cmake --build build/asan
 	ctest --test-dir build/asan --output-on-failure --no-tests=error -j $(JOBS)
 
 .PHONY: tsan
 tsan: $(INSTALLED) gtest ## C tests under ThreadSanitizer
-	cmake -S . -B build/tsan $(CMAKE_TESTS) -DMMBAL_SANITIZE=thread -DMMBAL_CUDA=OFF --log-level=WARNING
+	cmake -S . -B build/tsan $(CMAKE_TESTS) -DMMBAL_SANITIZE=thread --log-level=WARNING
 	cmake --build build/tsan
 	ctest --test-dir build/tsan --output-on-failure --no-tests=error -j $(JOBS)
 

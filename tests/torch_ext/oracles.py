@@ -37,6 +37,15 @@ def assert_near(actual, expected, tolerance, what=""):
     assert error <= tolerance * scale, f"{what}: largest error {error:.3e} at scale {scale:.3e}, allowed {tolerance}"
 
 
+def assert_compiles_in_one_graph(module, x, backend):
+    """The compiled module has the gradients of the eager one, of ``x`` and of all parameters."""
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    eager = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+    ours = torch.autograd.grad(compiled(x).square().sum(), [x, *module.parameters()])
+    for a, b in zip(ours, eager, strict=True):
+        assert_near(a, b, 6e-6)
+
+
 def separated_logits(N, E, dtype=torch.float64, seed=0):
     """Logits in random order whose gaps within a row are at least 0.3, so that finite differences flip no choice."""
     generator = torch.Generator().manual_seed(seed)

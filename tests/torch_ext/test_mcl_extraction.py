@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mmbal.cli import app
 from mmbal.mcl import Features, cluster_stages, extract_features, merge_features
-from mmbal.mcl.processing import MEAN, STD, clip_images
+from mmbal.mcl.processing import OPENAI_MEAN, OPENAI_STD, clip_images
 
 N, SIDE = 23, 16
 WORDS = ["a", "cat", "dog", "on", "red", "blue", "mat"]
@@ -121,7 +121,7 @@ QUIET = {"progress": False, "workers": 2}
 @pytest.mark.parametrize("size", [(16, 16), (40, 16), (16, 40), (22, 30), (100, 60), (8, 10)])
 def test_the_usual_processing_of_images_is_that_of_transformers(tmp_path, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    theirs = save_image_processor(tmp_path, MEAN, STD)(images=[image], return_tensors="pt")
+    theirs = save_image_processor(tmp_path, OPENAI_MEAN, OPENAI_STD)(images=[image], return_tensors="pt")
     torch.testing.assert_close(clip_images(16)(image), theirs["pixel_values"][0], rtol=1e-5, atol=1e-5)
 
 

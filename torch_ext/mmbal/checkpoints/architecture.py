@@ -70,6 +70,13 @@ class Mixture:
         """What MoEMLP takes besides its sizes."""
         return {name: value for name, value in asdict(self).items() if name != "layers"}
 
+    @classmethod
+    def of(cls, layers, layer) -> Mixture:
+        """With the options of ``layer``, a :class:`mmbal.MoEMLP` that stands for all ``layers``."""
+        names = [f.name for f in fields(cls) if f.name not in ("layers", "router_bias")]
+        options = {name: getattr(layer, name) for name in names}
+        return cls(tuple(layers), router_bias=layer.router.bias is not None, **options)
+
     def to_json(self) -> dict:
         return asdict(self) | {"layers": list(self.layers)}
 
@@ -114,6 +121,9 @@ class CLIPArchitecture:
 
     def tower(self, name: str) -> VisionTower | TextTower | None:
         return getattr(self, name)
+
+    def mixtures_to_json(self) -> dict:
+        return {tower: mixture.to_json() for tower, mixture in self.mixtures.items()}
 
     def is_mixture(self, tower: str, layer: int) -> bool:
         return tower in self.mixtures and layer in self.mixtures[tower].layers

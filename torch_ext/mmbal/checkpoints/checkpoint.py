@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,9 +136,7 @@ def count_parameters(architecture: CLIPArchitecture, tower: str | None = None) -
         of = "vision" if name.startswith("visual.") else None if name == "logit_scale" else "text"
         if tower not in (None, of):
             continue
-        size = 1
-        for extent in shape:
-            size *= extent
+        size = math.prod(shape)
         expert = name.partition(".experts.")[2].partition(".")[0]
         counts["total"] += size
         counts["router"] += size if ".gate." in name else 0

@@ -11,7 +11,7 @@ from .architecture import TOWERS, CLIPArchitecture, Mixture, TextTower, VisionTo
 from .untrusted import shown as quoted
 
 FORMAT_VERSION = 1
-# Of the pixels that OpenAI's models were trained on (openai/CLIP, clip.py), by channel.
+# Of the pixels that OpenAI's models were trained on, by channel: `_transform` in clip/clip.py of openai/CLIP.
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # transformers' names of activations that have another one here
 FROM_TRANSFORMERS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu", "linear": "identity"}
@@ -31,8 +31,8 @@ _OPEN_CLIP = {
 for _names in _OPEN_CLIP.values():
     _names |= {"act_kwargs", "norm_kwargs", "pool_type"}
 HEAD_WIDTH, MLP_RATIO, LAYER_NORM_EPS = 64, 4.0, 1e-5  # what open_clip takes where model_cfg says nothing
-# QuickGELU is one switch for both towers; the others are nn.GELU with these arguments.
 LARGEST = 2  # as eos_token_id: old files of transformers mean the largest token by it
+# QuickGELU is one switch for both towers; the others are nn.GELU with these arguments.
 GELUS = {"gelu": {}, "gelu_tanh": {"approximate": "tanh"}}
 
 
@@ -203,7 +203,7 @@ def _to_transformers(architecture):
     config |= {f"{tower}_config": section for tower, section in sections.items()}
     if architecture.mixtures:
         config |= {"model_type": "clip_moe", "architectures": ["CLIPMoEModel"]}
-        config["mixtures"] = {tower: mixture.to_json() for tower, mixture in architecture.mixtures.items()}
+        config["mixtures"] = architecture.mixtures_to_json()
     return config
 
 
@@ -256,9 +256,13 @@ def to_open_clip(architecture: CLIPArchitecture, preprocess: dict | None = None)
     default = {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)}
     config = {"model_cfg": open_clip_model_config(architecture), "preprocess_cfg": preprocess or default}
     if architecture.mixtures:
-        mixtures = {tower: mixture.to_json() for tower, mixture in architecture.mixtures.items()}
-        config["mmbal"] = {"format_version": FORMAT_VERSION, "mixtures": mixtures}
+        config["mmbal"] = open_clip_entry(architecture)
     return config
+
+
+def open_clip_entry(architecture: CLIPArchitecture) -> dict:
+    """What open_clip_config.json has under "mmbal"."""
+    return {"format_version": FORMAT_VERSION, "mixtures": architecture.mixtures_to_json()}
 
 
 def open_clip_model_config(architecture: CLIPArchitecture) -> dict:
@@ -325,7 +329,7 @@ def said_beside(config: dict, where: str) -> dict:
 def to_side_file(architecture: CLIPArchitecture) -> dict:
     """What the published layout does not store, and the sizes with it."""
     towers = {tower: asdict(architecture.tower(tower)) for tower in ("vision", "text") if architecture.tower(tower)}
-    mixtures = {tower: mixture.to_json() for tower, mixture in architecture.mixtures.items()}
+    mixtures = architecture.mixtures_to_json()
     return {"format_version": FORMAT_VERSION, "embed_dim": architecture.embed_dim} | towers | {"mixtures": mixtures}
 
 

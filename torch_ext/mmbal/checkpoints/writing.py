@@ -161,8 +161,6 @@ def _rounded(tensor, dtype, name):
 
 def check_format(architecture: CLIPArchitecture, format: str) -> list[str]:
     """Raises a ValueError where ``format`` cannot hold the model; returns what its other readers get wrong."""
-    if format not in LAYOUTS:
-        raise ValueError(f"format must be one of {', '.join(LAYOUTS)}, got {format!r}")
     bindings(architecture, format)
     towers = {tower: architecture.tower(tower) for tower in ("vision", "text") if architecture.tower(tower)}
     if format == "transformers":
@@ -178,7 +176,7 @@ def check_format(architecture: CLIPArchitecture, format: str) -> list[str]:
             f"format {format} pools the text at the largest token id, {text.vocab_size - 1}; this model pools at "
             f"{text.eos_token_id}"
         )
-    if any(tower.layer_norm_eps != 1e-5 for tower in towers.values()):
+    if any(tower.layer_norm_eps != configuration.LAYER_NORM_EPS for tower in towers.values()):
         raise ValueError(f"format {format} has layer norms with eps 1e-5, got {vision.layer_norm_eps}")
     for name, tower in towers.items():
         if tower.activation != "quick_gelu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,7 @@ def _write(checkpoint, out, format, dtype, overwrite, max_shard_bytes=None):
     from mmbal.checkpoints import write_checkpoint
     from mmbal.checkpoints.writing import entries
 
-    total = sum(entry.dtype.itemsize * _numel(entry.shape) for entry in entries(checkpoint, format, _dtype(dtype)))
+    total = sum(entry.dtype.itemsize * math.prod(entry.shape) for entry in entries(checkpoint, format, _dtype(dtype)))
     columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"writing {out.name}", total=total)
@@ -69,13 +70,6 @@ def _write(checkpoint, out, format, dtype, overwrite, max_shard_bytes=None):
             raise
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-def _numel(shape):
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
 
 
 def _check_out(out, format, overwrite, dtype=None):
@@ -236,7 +230,7 @@ def inspect(
         sizes = {}
         for lazy in checkpoint.tensors.values():
             name = str(lazy.dtype).removeprefix("torch.")
-            sizes[name] = sizes.get(name, 0) + _numel(lazy.shape)
+            sizes[name] = sizes.get(name, 0) + math.prod(lazy.shape)
         total = sum(sizes.values())
         table.add_row("tensors", f"{len(checkpoint.tensors)}")
         table.add_row("dtypes", ", ".join(f"{name} {count / total:.1%}" for name, count in sorted(sizes.items())))

@@ -5,7 +5,7 @@ After ``import mmbal`` they load with ``AutoModel.from_pretrained`` as transform
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -274,31 +274,29 @@ def _read_mixture(blocks, config, tower: str) -> Mixture | None:
     for index, block in enumerate(blocks):
         where = f"as_clip_moe: mlp of layer {index} of {tower}"
         if type(block.mlp) is MoEMLP:
-            found[index] = _options_of(block.mlp, config, where)
+            _check_sizes(block.mlp, config, where)
+            found[index] = Mixture.of((index,), block.mlp)
         elif type(block.mlp) is not CLIPMLP:
             raise ValueError(f"{where} must be a CLIPMLP or a MoEMLP, got {type(block.mlp).__name__}")
-    for index, options in found.items():
-        first = next(iter(found))
-        for name, value in options.items():
-            if value != found[first][name]:
+    if not found:
+        return None
+    first, described = next(iter(found.items()))
+    for index, mixture in found.items():
+        for name, value in mixture.options().items():
+            if value != (expected := getattr(described, name)):
                 raise ValueError(
                     f"as_clip_moe: mixtures of one tower must agree in their options, but layer {index} of {tower} has "
-                    f"{name}={value!r} and layer {first} has {found[first][name]!r}"
+                    f"{name}={value!r} and layer {first} has {expected!r}"
                 )
-    return Mixture(layers=tuple(found), **options) if found else None
+    return replace(described, layers=tuple(found))
 
 
-def _options_of(layer: MoEMLP, config, where: str) -> dict:
+def _check_sizes(layer: MoEMLP, config, where: str) -> None:
     sizes, wanted = (layer.dim, layer.hidden_dim), (config.hidden_size, config.intermediate_size)
     if sizes != wanted:
         raise ValueError(f"{where} must have (dim, hidden_dim) {wanted} as the configuration says, got {sizes}")
     if layer.experts.b1 is None:
         raise ValueError(f"{where} must have biases, as all experts of CLIP have")
-    names = ["num_experts", "top_k", "activation", "normalize", "dropout", "output_dropout"]
-    options = {name: getattr(layer, name) for name in names} | {"router_bias": layer.router.bias is not None}
-    if getattr(layer, "shared_expert", False):
-        options |= {"shared_expert": True, "shared_weight": layer.shared_weight}
-    return options
 
 
 def _register() -> None:

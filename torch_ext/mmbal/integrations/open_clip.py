@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmbal.checkpoints.architecture import TOWERS, CLIPArchitecture, Mixture, TextTower, VisionTower
-from mmbal.checkpoints.configuration import FORMAT_VERSION
+from mmbal.checkpoints.configuration import FORMAT_VERSION, open_clip_entry
 from mmbal.checkpoints.configuration import open_clip_model_config as model_config
 from mmbal.dense import describe_mlp
 from mmbal.files import atomic_folder
@@ -135,13 +135,7 @@ def _mixture_of(blocks, tower):
     layers = {i: block.mlp for i, block in enumerate(blocks) if isinstance(block.mlp, MoEMLP)}
     if not layers:
         return None
-
-    def described(layer):
-        known = Mixture((), layer.num_experts, router_bias=layer.router.bias is not None)
-        options = {name: getattr(layer, name, default) for name, default in known.options().items()}
-        return Mixture(tuple(layers), **options | {"num_experts": known.num_experts, "router_bias": known.router_bias})
-
-    first, *others = (described(layer) for layer in layers.values())
+    first, *others = (Mixture.of(layers, layer) for layer in layers.values())
     if any(other != first for other in others):
         raise ValueError(f"architecture_of: the mixture layers of {tower} must agree in all options")
     return first
@@ -229,10 +223,7 @@ def save_open_clip_moe(model: nn.Module, folder) -> None:
     config = {
         "model_cfg": _config_of(model, architecture),
         "preprocess_cfg": merge_preprocess_dict(default, getattr(model.visual, "preprocess_cfg", {})),
-        "mmbal": {
-            "format_version": FORMAT_VERSION,
-            "mixtures": {tower: mixture.to_json() for tower, mixture in architecture.mixtures.items()},
-        },
+        "mmbal": open_clip_entry(architecture),
     }
     with atomic_folder(folder, is_ours, "those of a CLIP-MoE") as partial:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

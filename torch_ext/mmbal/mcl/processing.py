@@ -15,9 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Of the pixels that OpenAI's CLIP was trained on: `_transform` in clip/clip.py of github.com/openai/CLIP.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from mmbal.checkpoints.configuration import OPENAI_MEAN, OPENAI_STD
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -41,7 +39,7 @@ def clip_images(side: int) -> ImageProcessing:
         image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = (round((edge - side) / 2) for edge in size)
         pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32)
-        pixels = (pixels / 255 - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
+        pixels = (pixels / 255 - np.asarray(OPENAI_MEAN, np.float32)) / np.asarray(OPENAI_STD, np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     return ImageProcessing(process, f"CLIP's usual, {side}")

@@ -7,7 +7,7 @@ import torch
 from torch.library import register_autograd, register_fake
 
 from mmbal import _core
-from mmbal._library import AUTOCAST_KEYS, check_devices, implementations, ops, refuse_double_backward
+from mmbal._library import AUTOCAST_KEYS, check_devices, give_constants, implementations, ops, refuse_double_backward
 
 
 def _expert_mlp(
@@ -133,3 +133,6 @@ def _backward(ctx, dy_ND, _):
 
 register_autograd("mmbal::expert_mlp_forward", _backward, setup_context=_save)
 refuse_double_backward("expert_mlp_backward")
+
+
+give_constants("expert_mlp_pack")

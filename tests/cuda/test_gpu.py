@@ -5,7 +5,7 @@ import pytest
 import torch
 from families.expert_mlp import experts
 
-import mmbal  # noqa: F401  (loads the operators)
+import mmbal
 import oracles
 from mmbal._library import without_derivative
 
@@ -161,9 +161,14 @@ def test_a_tensor_left_on_the_cpu_is_named():
         ops.router_z_loss(torch.zeros(3, 4, device="cuda"), torch.ones(3, dtype=torch.bool))
 
 
-def test_packed_weights_are_refused():
-    with pytest.raises(RuntimeError, match="expert_mlp_pack: got a CUDA tensor"):
-        ops.expert_mlp_pack(torch.zeros(1, 2, 3, device="cuda"), torch.zeros(1, 3, 2, device="cuda"))
+@pytest.mark.parametrize(("dim", "copies"), [(33, True), (32, False)])
+def test_packed_weights_give_the_same_bits_and_are_kept_where_rows_are_not_whole(dim, copies):
+    layer = mmbal.MoEMLP(dim, 2 * dim, 4, device="cuda").eval()
+    x = torch.randn(50, dim, device="cuda")
+    with torch.no_grad():
+        plain = layer(x)
+        assert (mmbal.pack(layer) > 0) == copies
+        assert torch.equal(layer(x), plain)
 
 
 def test_more_than_2_to_the_31_elements():

@@ -94,6 +94,10 @@ def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1,
 def _(w1_EFD, w2_EDF):
     check_devices("expert_mlp_pack", w1=w1_EFD, w2=w2_EDF)
     E, F, D = (int(size) for size in w1_EFD.shape)
+    if w1_EFD.device.type == "cuda":  # mmbal/cuda/expert_mlp.h
+        pack = 16 // w1_EFD.element_size()
+        elements = E * (F * -(-D // pack) + D * -(-F // pack)) * pack
+        return w1_EFD.new_empty(elements * w1_EFD.element_size(), dtype=torch.uint8)
     name = str(w1_EFD.dtype).removeprefix("torch.")
     return w1_EFD.new_empty(_core.expert_mlp_packed_bytes(name, D, F, E), dtype=torch.uint8)
 

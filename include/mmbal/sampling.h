@@ -65,8 +65,8 @@ int64_t mmbal_waterfill_workspace(int64_t N, const mmbal_pool *pool);
 /* Capped probabilities proportional to size: with
  *   q[n] = (1 - mix) w[n] / sum(w) + mix / N     (its first term 0 where all w are 0)
  *   p[n] = min(1, c q[n]) with sum(p) = kappa;   c = infinity where that needs every p with q > 0 at 1.
- * 0 <= mix <= 1. MMBAL_F32 and MMBAL_F64, sums float64. MMBAL_INVALID_ARGUMENT when a weight is negative, infinite or
- * NaN, kappa is not in [0, N], or greater than the number of q > 0. */
+ * 0 <= mix <= 1. MMBAL_F32 and MMBAL_F64, sums float64 in an order that N fixes. MMBAL_INVALID_ARGUMENT when a weight
+ * is negative, infinite or NaN, kappa is not in [0, N], or greater than the number of q > 0. */
 mmbal_status mmbal_waterfill(mmbal_dtype dtype, const void *weights,                /* [S, N] */
                              const double *kappa,                                   /* [S] */
                              int64_t S, int64_t N, double mix, void *probabilities, /* [S, N] out */

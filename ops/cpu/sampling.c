@@ -73,42 +73,55 @@ static int take(smallest *found, uint64_t key, int64_t k) {
     return key < found->last || found->ties-- > 0;
 }
 
-/* How many of the sums of masks.h n numbers have: a power of two. */
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* How many of the sums of masks.h n numbers have, a power of two of groups: the others are 0. */
 static int64_t count_lanes(int64_t n) {
     int64_t lanes = SUM_GROUP;
     while (lanes < n && lanes < SUM_LANES) lanes *= 2;
     return lanes;
 }
 
+static double sum_of_group(const double *sums) {
+    double half[SUM_GROUP / 2];
+    for (int i = 0; i < 16; i++) half[i] = sums[i] + sums[i + 16];
+    for (int i = 0; i < 8; i++) half[i] += half[i + 8];
+    for (int i = 0; i < 4; i++) half[i] += half[i + 4];
+    return (half[0] + half[2]) + (half[1] + half[3]);
+}
+_Static_assert(SUM_GROUP == 32, "by halves");
+
 static double sum_of_lanes(double *sums, int64_t lanes) {
-    for (int64_t half = SUM_GROUP / 2; half > 0; half /= 2)
-        for (int64_t group = 0; group < lanes; group += SUM_GROUP)
-            for (int64_t i = group; i < group + half; i++) sums[i] += sums[i + half];
-    for (int64_t half = lanes / 2; half >= SUM_GROUP; half /= 2)
-        for (int64_t group = 0; group < half; group += SUM_GROUP) sums[group] += sums[group + half];
+    const int64_t groups = lanes / SUM_GROUP;
+    for (int64_t group = 0; group < groups; group++) sums[group] = sum_of_group(sums + group * SUM_GROUP);
+    for (int64_t half = groups / 2; half > 0; half /= 2)
+        for (int64_t group = 0; group < half; group++) sums[group] += sums[group + half];
     return sums[0];
 }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static double sum_of(const double *x, int64_t n) {
     double sums[SUM_LANES];
-    const int64_t lanes = count_lanes(n);
-    for (int64_t i = 0; i < lanes; i++) sums[i] = 0;
-    for (int64_t first = 0; first < n; first += lanes)
-        for (int64_t i = 0, here = least(lanes, n - first); i < here; i++) sums[i] += x[first + i];
+    const int64_t lanes = count_lanes(n), first = least(n, lanes);
+    for (int64_t i = 0; i < first; i++) sums[i] = x[i];
+    for (int64_t i = first; i < lanes; i++) sums[i] = 0;
+    for (int64_t from = lanes; from < n; from += lanes)
+        for (int64_t i = 0, here = least(lanes, n - from); i < here; i++) sums[i] += x[from + i];
     return sum_of_lanes(sums, lanes);
 }
 
 /* The sum of the q that are not capped at the level c; *capped is how many are. */
 static double sum_uncapped(const double *q, int64_t n, double c, int64_t *capped) {
     double sums[SUM_LANES];
-    const int64_t lanes = count_lanes(n);
+    const int64_t lanes = count_lanes(n), first = least(n, lanes);
     int64_t reached = 0;
-    for (int64_t i = 0; i < lanes; i++) sums[i] = 0;
-    for (int64_t first = 0; first < n; first += lanes)
-        for (int64_t i = 0, here = least(lanes, n - first); i < here; i++) {
-            const double value = q[first + i];
+    for (int64_t i = 0; i < first; i++) {
+        sums[i] = c * q[i] >= 1 ? 0 : q[i];
+        reached += c * q[i] >= 1;
+    }
+    for (int64_t i = first; i < lanes; i++) sums[i] = 0;
+    for (int64_t from = lanes; from < n; from += lanes)
+        for (int64_t i = 0, here = least(lanes, n - from); i < here; i++) {
+            const double value = q[from + i];
             sums[i] += c * value >= 1 ? 0 : value;
             reached += c * value >= 1;
         }

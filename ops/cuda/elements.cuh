@@ -128,6 +128,7 @@ __device__ __forceinline__ void weights_of(const Pass &pass, const Elements &t, 
 
 // The upper 32 bits, without the sign, of the float64 whose smallest are kept: infinity where there is no weight, and
 // there alone.
+constexpr uint32_t INFINITE_KEY = 0x7FF00000;
 __device__ __forceinline__ uint32_t key_of(double value, double w) {
     if (w > 0 && value > DBL_MAX) value = DBL_MAX;
     return static_cast<uint32_t>(bits_of(value) >> 32) & 0x7FFFFFFFu;

@@ -126,7 +126,9 @@ __global__ void __launch_bounds__(THREADS, 1) weigh(Pass pass) {
 #pragma unroll
             for (int i = 0; i < QUAD; i++) {
                 positive += w[i] > 0;
-                if (COUNTS_KEYS && i < here) atomicAdd(&shared.bins[keys[i] >> FIRST_DIGIT], 1u);
+                // What has no weight is never kept; of an embedding's gradient it may be almost all.
+                if (COUNTS_KEYS && i < here && keys[i] < INFINITE_KEY)
+                    atomicAdd(&shared.bins[keys[i] >> FIRST_DIGIT], 1u);
             }
             return positive;
         });

@@ -1,6 +1,7 @@
 /* sampling.h on a GPU; see stream.h. The results are those of the CPU to the bit. What the CPU answers with
  * MMBAL_INVALID_ARGUMENT for values on the device - weights, k, kappa, rho - ends the launch, as an index outside its
- * range does. N < 2^32. */
+ * range does. N < 2^32. A block takes a row or segment: many of them, or some thousands of units, fill a GPU; one row
+ * of millions takes long. */
 #ifndef MMBAL_CUDA_SAMPLING_H
 #define MMBAL_CUDA_SAMPLING_H
 

@@ -27,8 +27,8 @@ extern "C" {
 typedef enum mmbal_purpose { MMBAL_DRAW_UNIT = 0, MMBAL_DRAW_ORDER, MMBAL_DRAW_START } mmbal_purpose;
 
 /* The four words of the units 4 group .. 4 group + 3. */
-static inline void mmbal_unit_words(int64_t seed, int64_t step, int64_t id, mmbal_purpose purpose, int64_t group,
-                                    uint32_t words[4]) {
+MMBAL_ON_ANY_DEVICE void mmbal_unit_words(int64_t seed, int64_t step, int64_t id, mmbal_purpose purpose, int64_t group,
+                                          uint32_t words[4]) {
     const uint32_t key[2] = {(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)};
     const uint32_t high = (uint32_t)(group >> 32) | (uint32_t)purpose << 12 | (uint32_t)(step >> 32) << 16;
     const uint32_t counter[4] = {(uint32_t)group, high, (uint32_t)id, (uint32_t)step};
@@ -65,8 +65,8 @@ int64_t mmbal_waterfill_workspace(int64_t N, const mmbal_pool *pool);
 /* Capped probabilities proportional to size: with
  *   q[n] = (1 - mix) w[n] / sum(w) + mix / N     (its first term 0 where all w are 0)
  *   p[n] = min(1, c q[n]) with sum(p) = kappa;   c = infinity where that needs every p with q > 0 at 1.
- * 0 <= mix <= 1. MMBAL_F32 and MMBAL_F64, sums float64. MMBAL_INVALID_ARGUMENT when a weight is negative, infinite or
- * NaN, kappa is not in [0, N], or greater than the number of q > 0. */
+ * 0 <= mix <= 1. MMBAL_F32 and MMBAL_F64, sums float64 in an order that N fixes. MMBAL_INVALID_ARGUMENT when a weight
+ * is negative, infinite or NaN, kappa is not in [0, N], or greater than the number of q > 0. */
 mmbal_status mmbal_waterfill(mmbal_dtype dtype, const void *weights,                /* [S, N] */
                              const double *kappa,                                   /* [S] */
                              int64_t S, int64_t N, double mix, void *probabilities, /* [S, N] out */

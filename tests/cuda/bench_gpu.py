@@ -214,12 +214,64 @@ def divergences_and_weights(N, M, C):
         )
 
 
+def masked_units(S, N):
+    """Segments as those of a layer's filters or heads."""
+    energy, rho = torch.rand(S * N, device="cuda", dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64).cuda()
+    segments, k = [S, N, 0, 1], -(-3 * N // 10)
+
+    def torch_draw():
+        drawn = torch.multinomial(energy.view(S, N), k)
+        return torch.zeros(S, N, device="cuda", dtype=torch.float64).scatter_(1, drawn, 1.0)
+
+    for sampler, unbiased in (("bottomk", False), ("systematic", True)):
+        small(
+            f"mask_units {S} x {N}, {sampler} (torch: multinomial)",
+            {
+                "mmbal": lambda s=sampler, u=unbiased: ops.mask_units(energy, segments, rho, 1, 2, s, 0.5, u),
+                "torch": torch_draw,
+            },
+        )
+
+
+def masked_elements(T, N, dtype):
+    """Of every tensor the part rho. torch: the smallest keys by kthvalue; one round where a level takes several."""
+    grads = [torch.randn(N, device="cuda").to(dtype) for _ in range(T)]
+    out, rho = [g.clone() for g in grads], torch.tensor([0.3], dtype=torch.float64).cuda()
+    zeros, ids, k = [0] * T, list(range(T)), -(-3 * N // 10)
+
+    def torch_smallest():
+        for g, to in zip(grads, out, strict=True):
+            keys = torch.empty_like(g, dtype=torch.float32).exponential_().div_(g.float().square())
+            to.mul_(keys <= keys.kthvalue(k).values)
+
+    def torch_independent():
+        for g, to in zip(grads, out, strict=True):
+            share = g.float().square()
+            p = (0.3 * (0.5 + 0.5 * N * share / share.sum())).clamp(max=1)
+            to.mul_((torch.rand_like(p) < p) / p)
+
+    for sampler, unbiased, theirs in (("bottomk", False, torch_smallest), ("independent", True, torch_independent)):
+        small(
+            f"mask_elements_foreach_ {T} x {N}, {sampler}, {str(dtype).removeprefix('torch.')}",
+            {
+                "mmbal": lambda s=sampler, u=unbiased: ops.mask_elements_foreach_(
+                    out, zeros, ids, rho, 1, 2, s, 0.5, u, gradients=grads
+                ),
+                "torch": theirs,
+            },
+        )
+
+
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "- TF32 off for float32")
 print("In a mixture's columns: milliseconds, and how many times mmbal's time that is.\n")
 print("| operator | mmbal | torch | torch / mmbal |\n|---|---|---|---|")
 for N in (8192, 131072):
     routers(N, 8)
 divergences_and_weights(8192, 3, 100)
+masked_units(100, 768)
+masked_units(1000, 64)
+masked_elements(24, 2**20, torch.float32)
+masked_elements(1, 2**25, torch.bfloat16)
 print(flush=True)
 plain = {"mmbal": with_mmbal, "torch grouped_mm": with_grouped_mm, "torch loop over experts": with_loop, "dense": dense}
 mixture(768, 3072, 8192, 4, 2, torch.bfloat16, plain)

@@ -74,5 +74,11 @@ inline void for_each_schedule(const std::function<void()> &body) {
     cuda_shim::options = {};
 }
 
+// For what takes long and has run under several schedules in a smaller case.
+inline void once(const std::function<void()> &body) {
+    body();
+    EXPECT_EQ(joined(cuda_shim::take_reports()), "");
+}
+
 } // namespace mmbal_test
 #endif

@@ -1,6 +1,9 @@
 #include "mmbal/elements.h"
 
 #include "sampler.h"
+#ifdef MMBAL_ON_CUDA
+#include "mmbal/cuda/elements.h"
+#endif
 
 namespace mmbal {
 namespace {
@@ -28,6 +31,7 @@ void mask_elements_foreach_(std::vector<Tensor> grads, std::vector<int64_t> moda
                             std::optional<Tensor> skip, std::optional<std::vector<Tensor>> gradients,
                             std::optional<std::vector<Tensor>> bases) {
     const char *op = "mask_elements_foreach_";
+    const Executor executor(grads.empty() ? rho : grads[0]);
     const mmbal_mask_options options = mask_options(op, sampler, lam, unbiased);
     const mmbal_importance kind = importance_of(op, importance);
     STD_TORCH_CHECK(options.sampler != MMBAL_SYSTEMATIC, op, ": sampler systematic is for units, not for elements");
@@ -49,7 +53,8 @@ void mask_elements_foreach_(std::vector<Tensor> grads, std::vector<int64_t> moda
     for (size_t t = 0; t < grads.size(); t++) {
         const Tensor &g = grads[t];
         const mmbal_dtype dtype = storage_dtype(op, "grads", g);
-        STD_TORCH_CHECK(g.is_cpu(), op, ": grads[", t, "] must be on the CPU like the other arguments");
+        STD_TORCH_CHECK(is_within_reach(g), op, ": grads[", t, "] must be ", device_text(),
+                        " like the other arguments");
         STD_TORCH_CHECK(is_dense(g), op, ": grads[", t, "] must fill its memory without gaps, got sizes ",
                         shape_text(g.sizes()), " and strides ", shape_text(g.strides()));
         elements.push_back({g.mutable_data_ptr(), !gradients ? nullptr : (*gradients)[t].const_data_ptr(),
@@ -57,23 +62,32 @@ void mask_elements_foreach_(std::vector<Tensor> grads, std::vector<int64_t> moda
                             !bases ? nullptr : (*bases)[t].const_data_ptr(), static_cast<int64_t>(g.numel()), dtype,
                             modality[t], ids[t]});
     }
-    if (is_set(op, skip)) return;
     const int64_t T = static_cast<int64_t>(elements.size());
-    TorchPool pool;
-    const Workspace workspace(mmbal_mask_elements_workspace(elements.data(), T, pool.get()));
-    check(mmbal_mask_elements(elements.data(), static_cast<const double *>(rho.const_data_ptr()), T, rho.size(0), seed,
-                              step, kind, options, workspace.data(), pool.get()),
+    const auto *ratios = static_cast<const double *>(rho.const_data_ptr());
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_mask_elements_workspace_cuda(elements.data(), T), rho);
+    check(mmbal_mask_elements_cuda(elements.data(), ratios, T, rho.size(0), seed, step, kind, options,
+                                   skip_data(op, skip), workspace.data(), executor.get()),
           op);
+#else
+    if (is_set(op, skip)) return;
+    const Workspace workspace(mmbal_mask_elements_workspace(elements.data(), T, executor.get()));
+    check(mmbal_mask_elements(elements.data(), ratios, T, rho.size(0), seed, step, kind, options, workspace.data(),
+                              executor.get()),
+          op);
+#endif
 }
 
 } // namespace
 } // namespace mmbal
 
+#ifndef MMBAL_ON_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("mask_elements_foreach_(Tensor(a!)[] grads, int[] modality, int[] ids, Tensor rho, int seed, int step, "
           "str sampler=\"bottomk\", float lam=0.5, bool unbiased=False, str importance=\"gn\", Tensor[]? weights=None, "
           "Tensor? skip=None, Tensor[]? gradients=None, Tensor[]? bases=None) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+#endif
+STABLE_TORCH_LIBRARY_IMPL(mmbal, MMBAL_DEVICE, m) {
     m.impl("mask_elements_foreach_", TORCH_BOX(&mmbal::mask_elements_foreach_));
 }

@@ -44,11 +44,10 @@ static_assert(sizeof(Table) + 64 <= 4096, "the parameters of a launch");
 
 int64_t count_units(const mmbal_units &t) { return t.size[0] * t.size[1]; }
 int64_t count_elements(const mmbal_units &t) { return count_units(t) * t.size[2] * t.size[3]; }
-int64_t element_size(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : dtype == MMBAL_F32 ? 4 : 2; }
 Layout layout_of(const mmbal_units &t) { return {t.stride[0], t.stride[1], t.stride[2], t.stride[3]}; }
 
 bool begins_packs(const mmbal_units &of, const Tensor &t, const void *data, const Layout &stride) {
-    const auto whole = [&](int64_t size, int64_t step) { return size <= 1 || step * element_size(of.dtype) % 16 == 0; };
+    const auto whole = [&](int64_t size, int64_t step) { return size <= 1 || step * stored_size(of.dtype) % 16 == 0; };
     return stride.inner == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(of.size[0], stride.group) &&
            whole(t.units, stride.unit) && whole(t.outer, stride.outer);
 }
@@ -66,7 +65,7 @@ Tensor cut(const mmbal_units &of, const mmbal_units *base) {
     }
     const auto follows = [&t](const Layout &stride) { return stride.outer == t.inner * stride.inner; };
     if (t.outer > 1 && follows(t.stride) && (!base || follows(t.base_stride))) t.inner *= t.outer, t.outer = 1;
-    const int64_t pack = 16 / element_size(of.dtype), elements = t.outer * t.inner;
+    const int64_t pack = 16 / stored_size(of.dtype), elements = t.outer * t.inner;
     t.along = t.units == 1 || (elements >= FEW && t.stride.inner <= t.stride.unit);
     t.aligned = begins_packs(of, t, t.data, t.stride) && (!base || begins_packs(of, t, t.base, t.base_stride));
     const int64_t length = t.along ? t.outer * ceil_div(t.inner, pack) : elements;

@@ -5,7 +5,9 @@
 
 #include <stdint.h>
 
-static inline void mmbal_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+#include "mmbal/any_device.h"
+
+MMBAL_ON_ANY_DEVICE void mmbal_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
     /* Multipliers and Weyl increments from table 2 and section 4 of the paper. */
     const uint32_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;
     const uint32_t increment0 = 0x9E3779B9u, increment1 = 0xBB67AE85u;

@@ -155,6 +155,8 @@ void multiply_add(Load load, float (&sums)[4], const uint32_t (&a)[4], uint32_t 
 } // namespace cuda_shim
 
 inline float __fdividef(float a, float b) { return a / b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline int atomicExch(int *address, int value) { return cuda_shim::exchange(address, value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

@@ -27,8 +27,8 @@ extern "C" {
 typedef enum mmbal_purpose { MMBAL_DRAW_UNIT = 0, MMBAL_DRAW_ORDER, MMBAL_DRAW_START } mmbal_purpose;
 
 /* The four words of the units 4 group .. 4 group + 3. */
-static inline void mmbal_unit_words(int64_t seed, int64_t step, int64_t id, mmbal_purpose purpose, int64_t group,
-                                    uint32_t words[4]) {
+MMBAL_ON_ANY_DEVICE void mmbal_unit_words(int64_t seed, int64_t step, int64_t id, mmbal_purpose purpose, int64_t group,
+                                          uint32_t words[4]) {
     const uint32_t key[2] = {(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)};
     const uint32_t high = (uint32_t)(group >> 32) | (uint32_t)purpose << 12 | (uint32_t)(step >> 32) << 16;
     const uint32_t counter[4] = {(uint32_t)group, high, (uint32_t)id, (uint32_t)step};

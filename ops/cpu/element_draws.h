@@ -4,7 +4,7 @@
 
 #include <float.h>
 
-#include "elementary.h"
+#include "exponential.h"
 #include "masks.h"
 #include "mmbal/philox.h"
 #include "rows.h"
@@ -34,14 +34,6 @@ static void words_of_tile(const element_pass *pass, int64_t first, uint32_t word
     }
     for (int j = 0; j < BLOCKS_PER_TILE; j++)
         for (int lane = 0; lane < 4; lane++) words[4 * j + lane] = c[lane][j];
-}
-
-/* -log1p(-v) with v = (word + 0.5) 2^-32. Above 1/2 it is -log(1 - v), of a 1 - v that keeps its bits; below, 1 - v
- * rounds, and what it lost is put back: log1p(-v) = log(u) + (1 - v - u) / u, where 2 - u is near enough to 1 / u. */
-IN_VECTORS float exponential_f32(uint32_t word) {
-    const float v = ((float)word + 0.5f) * 0x1p-32f, u = ((float)~word + 0.5f) * 0x1p-32f;
-    const float lost = u < 0.5f ? 0 : ((1 - u) - v) * (2 - u);
-    return -(log_f32(u) + lost);
 }
 
 static double sum_of_parts(const double *parts) {

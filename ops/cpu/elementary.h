@@ -7,14 +7,16 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A function that is called instead of inlined is no part of a vector. */
-#define IN_VECTORS static inline __attribute__((always_inline))
+#include "mmbal/any_device.h"
 
-/* a b + c, rounded once where there is an instruction for it. Spelt out, so that a number has the same bits in a vector
- * and alone though nothing else is fused. */
+/* A function that is called instead of inlined is no part of a vector. */
+#define IN_VECTORS MMBAL_ON_ANY_DEVICE __attribute__((always_inline))
+
+/* a b + c, rounded once where there is an instruction for it (MMBAL_FUSES: as on a GPU). Spelt out, so that a number
+ * has the same bits in a vector and alone though nothing else is fused. */
 IN_VECTORS float fused(float a, float b, float c) {
-#ifdef __FMA__
-    return __builtin_fmaf(a, b, c);
+#if defined(__FMA__) || defined(MMBAL_FUSES)
+    return fmaf(a, b, c);
 #else
     return a * b + c;
 #endif
@@ -22,8 +24,8 @@ IN_VECTORS float fused(float a, float b, float c) {
 
 IN_VECTORS float fused_f32(float a, float b, float c) { return fused(a, b, c); }
 IN_VECTORS double fused_f64(double a, double b, double c) {
-#ifdef __FMA__
-    return __builtin_fma(a, b, c);
+#if defined(__FMA__) || defined(MMBAL_FUSES)
+    return fma(a, b, c);
 #else
     return a * b + c;
 #endif

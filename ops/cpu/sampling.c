@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "exponential.h"
 #include "masks.h"
 
 static const uint64_t never = UINT64_MAX; /* the key of what has no weight */
@@ -29,9 +30,6 @@ static void fill_words(int64_t seed, int64_t step, int64_t id, mmbal_purpose pur
         out[i] = words[unit % 4];
     }
 }
-
-/* An exponential variable; the small ones, which win, keep all bits of the word. */
-static double exponential(uint32_t word) { return -log1p(-((double)word + 0.5) * 0x1p-32); }
 
 /* The number of place `place` (from 0) when all are in ascending order; the numbers are lost. */
 static uint64_t in_place(uint64_t *numbers, int64_t n, int64_t place) {
@@ -75,13 +73,57 @@ static int take(smallest *found, uint64_t key, int64_t k) {
     return key < found->last || found->ties-- > 0;
 }
 
+/* How many of the sums of masks.h n numbers have: a power of two. */
+static int64_t count_lanes(int64_t n) {
+    int64_t lanes = SUM_GROUP;
+    while (lanes < n && lanes < SUM_LANES) lanes *= 2;
+    return lanes;
+}
+
+static double sum_of_lanes(double *sums, int64_t lanes) {
+    for (int64_t half = SUM_GROUP / 2; half > 0; half /= 2)
+        for (int64_t group = 0; group < lanes; group += SUM_GROUP)
+            for (int64_t i = group; i < group + half; i++) sums[i] += sums[i + half];
+    for (int64_t half = lanes / 2; half >= SUM_GROUP; half /= 2)
+        for (int64_t group = 0; group < half; group += SUM_GROUP) sums[group] += sums[group + half];
+    return sums[0];
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static double sum_of(const double *x, int64_t n) {
+    double sums[SUM_LANES];
+    const int64_t lanes = count_lanes(n);
+    for (int64_t i = 0; i < lanes; i++) sums[i] = 0;
+    for (int64_t first = 0; first < n; first += lanes)
+        for (int64_t i = 0, here = least(lanes, n - first); i < here; i++) sums[i] += x[first + i];
+    return sum_of_lanes(sums, lanes);
+}
+
+/* The sum of the q that are not capped at the level c; *capped is how many are. */
+static double sum_uncapped(const double *q, int64_t n, double c, int64_t *capped) {
+    double sums[SUM_LANES];
+    const int64_t lanes = count_lanes(n);
+    int64_t reached = 0;
+    for (int64_t i = 0; i < lanes; i++) sums[i] = 0;
+    for (int64_t first = 0; first < n; first += lanes)
+        for (int64_t i = 0, here = least(lanes, n - first); i < here; i++) {
+            const double value = q[first + i];
+            sums[i] += c * value >= 1 ? 0 : value;
+            reached += c * value >= 1;
+        }
+    *capped = reached;
+    return sum_of_lanes(sums, lanes);
+}
+
 /* q = (1 - mix) w / sum(w) + mix / n, in q[n]; the weights are divided by the largest first, so that their sum is
  * finite. Returns how many are greater than 0. */
 static int64_t mix_weights(double *q, int64_t n, double mix) {
-    double largest = 0, sum = 0;
+    double largest = 0;
     int64_t positive = 0;
     for (int64_t i = 0; i < n; i++) largest = q[i] > largest ? q[i] : largest;
-    for (int64_t i = 0; i < n && largest > 0; i++) sum += q[i] /= largest;
+    for (int64_t i = 0; i < n && largest > 0; i++) q[i] /= largest;
+    const double sum = sum_of(q, n);
     for (int64_t i = 0; i < n; i++) {
         q[i] = (largest > 0 ? (1 - mix) * (q[i] / sum) : 0) + mix / (double)n;
         positive += q[i] > 0;
@@ -96,12 +138,8 @@ static double water_level(const double *q, int64_t n, int64_t positive, double k
     if (kappa == 0) return 0;
     if (kappa >= (double)positive) return INFINITY;
     for (double c = 0;;) {
-        int64_t now = 0;
-        double rest = 0;
-        for (int64_t i = 0; i < n; i++) {
-            now += c * q[i] >= 1;
-            rest += c * q[i] >= 1 ? 0 : q[i];
-        }
+        int64_t now;
+        const double rest = sum_uncapped(q, n, c, &now);
         /* Fewer than before: some just reach 1, and did so by rounding alone. */
         if (now <= capped || !(kappa > (double)now)) return c;
         capped = now, c = (kappa - (double)now) / rest;
@@ -310,7 +348,7 @@ static void draw_smallest(const masked_segments *t, drawn *d) {
         if (sampler == MMBAL_UNIFORM) probability = (double)k / (double)n;
         if (sampler == MMBAL_BOTTOMK && w[u] > 0 && k > 0) { /* given the keys of the others */
             const uint64_t rival = kept ? found.next : found.last;
-            probability = rival == never ? 1 : -expm1(-w[u] * double_of(rival));
+            probability = rival == never ? 1 : below_exponential(w[u] * double_of(rival));
         }
         keep(d, u, kept, probability, t->options.unbiased);
     }

@@ -37,11 +37,14 @@ inline mmbal_mask_options mask_options(const char *op, const std::string &sample
     return {kind, unbiased, lam};
 }
 
-// rho [M] float64 with what the samplers take.
+// rho [M] float64 with what the samplers take. On a GPU the kernel looks: to read rho here would be to wait for it.
 inline Tensor check_rho(const char *op, const Tensor &rho, bool unbiased) {
     check_shape(op, "rho", rho, "[M]", {-1});
     check_dtype(op, "rho", rho, ScalarType::Double);
     const Tensor values = in_one_piece(rho);
+#ifdef MMBAL_ON_CUDA
+    (void)unbiased;
+#else
     const auto *data = static_cast<const double *>(values.const_data_ptr());
     for (int64_t m = 0; m < rho.size(0); m++) {
         STD_TORCH_CHECK(data[m] >= 0 && data[m] <= 1, op, ": rho must be from 0 to 1, got ", data[m], " for modality ",
@@ -49,6 +52,7 @@ inline Tensor check_rho(const char *op, const Tensor &rho, bool unbiased) {
         STD_TORCH_CHECK(!unbiased || data[m] > 0, op,
                         ": rho must be greater than 0 where unbiased, got 0 for modality ", m);
     }
+#endif
     return values;
 }
 
@@ -58,12 +62,20 @@ inline void check_tensor_numbers(const char *op, int64_t modality, int64_t id, i
     STD_TORCH_CHECK(id >= 0 && id <= UINT32_MAX, op, ": id must be from 0 to 2^32 - 1, got ", id);
 }
 
-inline bool is_set(const char *op, const std::optional<Tensor> &skip) {
-    if (!skip) return false;
+// [1], or null where nothing says so.
+inline const uint8_t *skip_data(const char *op, const std::optional<Tensor> &skip) {
+    if (!skip) return nullptr;
     check_shape(op, "skip", *skip, "[1]", {1});
     check_dtype(op, "skip", *skip, ScalarType::Bool);
-    return *static_cast<const bool *>(skip->const_data_ptr());
+    return static_cast<const uint8_t *>(skip->const_data_ptr());
 }
+
+#ifndef MMBAL_ON_CUDA // there a kernel looks
+inline bool is_set(const char *op, const std::optional<Tensor> &skip) {
+    const uint8_t *data = skip_data(op, skip);
+    return data && *data;
+}
+#endif
 
 // A list beside the gradients, or none: the same number of tensors, each of the same dtype and layout.
 inline void check_beside(const char *op, const char *name, const std::optional<std::vector<Tensor>> &given,
@@ -84,7 +96,8 @@ inline void check_beside(const char *op, const char *name, const std::optional<s
         STD_TORCH_CHECK(list[t].scalar_type() == grads[t].scalar_type(), op, ": ", name, "[", t, "] must be ",
                         dtype_text(grads[t].scalar_type()), " as its gradient, got ",
                         dtype_text(list[t].scalar_type()));
-        STD_TORCH_CHECK(list[t].is_cpu(), op, ": ", name, "[", t, "] must be on the CPU like the other arguments");
+        STD_TORCH_CHECK(is_within_reach(list[t]), op, ": ", name, "[", t, "] must be ", device_text(),
+                        " like the other arguments");
     }
 }
 

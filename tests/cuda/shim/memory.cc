@@ -142,7 +142,10 @@ bool all_written(const void *data, size_t bytes) {
     return true;
 }
 
-int exchange(int *address, int value) {
+namespace {
+
+template <typename T>
+void check_atomic(T *address) {
     const char *byte = reinterpret_cast<const char *>(address);
     Region *region = find(byte);
     if (region && (byte < region->begin || byte + sizeof *address > region->begin + region->size)) {
@@ -152,10 +155,27 @@ int exchange(int *address, int value) {
     if (checks_accesses() && !all_written(address, sizeof *address))
         report("uninitialised read at " + (region ? place(*region, byte) : "unknown memory") + " by " + where_am_i());
     mark_written(address, sizeof *address);
+}
+
+template <typename T>
+T fetch_and_add(T *address, T value) {
+    check_atomic(address);
+    const T before = *address;
+    *address = before + value;
+    return before;
+}
+
+} // namespace
+
+int exchange(int *address, int value) {
+    check_atomic(address);
     const int before = *address;
     *address = value;
     return before;
 }
+
+unsigned add(unsigned *address, unsigned value) { return fetch_and_add(address, value); }
+unsigned long long add(unsigned long long *address, unsigned long long value) { return fetch_and_add(address, value); }
 
 void new_shared_memory(size_t bytes) {
     if (shared) drop(shared);

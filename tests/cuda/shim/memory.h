@@ -14,8 +14,10 @@ void mark_written(const void *data, size_t bytes);
 // Whether a kernel wrote anything there, or the host (mark_written).
 bool all_written(const void *data, size_t bytes);
 
-// An atomic exchange by a thread of a kernel. It is no race with other atomics.
+// Atomics by a thread of a kernel; each returns what was there. They are no race with other atomics.
 int exchange(int *address, int value);
+unsigned add(unsigned *address, unsigned value);
+unsigned long long add(unsigned long long *address, unsigned long long value);
 
 // Whether accesses are checked in this build.
 bool checks_accesses();

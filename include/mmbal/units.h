@@ -33,6 +33,10 @@ typedef struct mmbal_units {
  *   gn_wn    E[u] = sum G^2 / (sum W^2 + 2^-126) */
 typedef enum mmbal_importance { MMBAL_GN = 0, MMBAL_SQRT_GN, MMBAL_GN_WN } mmbal_importance;
 
+/* What every function on units checks first: MMBAL_UNSUPPORTED for another dtype, MMBAL_INVALID_ARGUMENT where axes are
+ * not as above or `others` ([T], or NULL) differ in their sizes. */
+mmbal_status mmbal_check_units(const mmbal_units *tensors, const mmbal_units *others, int64_t T);
+
 int64_t mmbal_unit_energy_workspace(const mmbal_units *tensors, int64_t T);
 
 /* energy[U]: of each tensor groups x units of them, in order. Squares and sums are float64, in an order that depends on

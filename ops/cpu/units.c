@@ -151,7 +151,7 @@ static int axes_nest(const mmbal_units *t) {
     return 1;
 }
 
-static mmbal_status check_units(const mmbal_units *tensors, int64_t T) {
+static mmbal_status check_each(const mmbal_units *tensors, int64_t T) {
     for (int64_t t = 0; t < T; t++) {
         if (!is_dtype(tensors[t].dtype)) return MMBAL_UNSUPPORTED;
         for (int axis = 0; axis < 4; axis++)
@@ -161,11 +161,13 @@ static mmbal_status check_units(const mmbal_units *tensors, int64_t T) {
     return T < 0 ? MMBAL_INVALID_ARGUMENT : MMBAL_OK;
 }
 
-static int same_sizes(const mmbal_units *a, const mmbal_units *b, int64_t T) {
-    for (int64_t t = 0; t < T; t++)
+mmbal_status mmbal_check_units(const mmbal_units *tensors, const mmbal_units *others, int64_t T) {
+    mmbal_status status = check_each(tensors, T);
+    if (status == MMBAL_OK && others) status = check_each(others, T);
+    for (int64_t t = 0; status == MMBAL_OK && others && t < T; t++)
         for (int axis = 0; axis < 4; axis++)
-            if (a[t].size[axis] != b[t].size[axis]) return 0;
-    return 1;
+            if (tensors[t].size[axis] != others[t].size[axis]) return MMBAL_INVALID_ARGUMENT;
+    return status;
 }
 
 /* energy[U] = the sums of squares */
@@ -203,10 +205,8 @@ mmbal_status mmbal_unit_energy(const mmbal_units *tensors, const mmbal_units *we
     if (importance != MMBAL_GN && importance != MMBAL_SQRT_GN && importance != MMBAL_GN_WN)
         return MMBAL_INVALID_ARGUMENT;
     if ((importance == MMBAL_GN_WN) != (weights != NULL)) return MMBAL_INVALID_ARGUMENT;
-    mmbal_status status = check_units(tensors, T);
-    if (status == MMBAL_OK && weights) status = check_units(weights, T);
+    mmbal_status status = mmbal_check_units(tensors, weights, T);
     if (status != MMBAL_OK) return status;
-    if (weights && !same_sizes(tensors, weights, T)) return MMBAL_INVALID_ARGUMENT;
     int64_t U = 0;
     for (int64_t t = 0; t < T; t++) U += count_units(&tensors[t]);
     arena from = {(uintptr_t)workspace};
@@ -226,10 +226,8 @@ int64_t mmbal_scale_units_workspace(int64_t T) { return T * (int64_t)sizeof(cut)
 
 mmbal_status mmbal_scale_units(const mmbal_units *tensors, const mmbal_units *bases, int64_t T, const double *scale,
                                void *workspace, const mmbal_pool *pool) {
-    mmbal_status status = check_units(tensors, T);
-    if (status == MMBAL_OK && bases) status = check_units(bases, T);
+    const mmbal_status status = mmbal_check_units(tensors, bases, T);
     if (status != MMBAL_OK) return status;
-    if (bases && !same_sizes(tensors, bases, T)) return MMBAL_INVALID_ARGUMENT;
     for (int64_t t = 0; t < T && bases; t++)
         if (bases[t].dtype != tensors[t].dtype) return MMBAL_INVALID_ARGUMENT;
     arena from = {(uintptr_t)workspace};

@@ -26,6 +26,8 @@ struct F16 {
     uint16_t bits;
 };
 
+inline int64_t stored_size(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : dtype == MMBAL_F32 ? 4 : 2; }
+
 // The type that sums are taken in.
 template <typename Stored>
 struct RealOf {

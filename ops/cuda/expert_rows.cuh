@@ -55,7 +55,6 @@ inline bool is_served(mmbal_expert_mlp_shape s, const mmbal_expert_mlp_options *
            o->output_dropout < 1 && o->offset >= 0 && o->offset >> 56 == 0;
 }
 
-inline int64_t stored_size(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : dtype == MMBAL_F32 ? 4 : 2; }
 inline int64_t real_size(mmbal_dtype dtype) { return dtype == MMBAL_F64 ? 8 : 4; }
 
 } // namespace mmbal

@@ -262,6 +262,88 @@ def masked_elements(T, N, dtype):
         )
 
 
+def masks_of_units(layers, width):
+    """What AMSS does to the gradients of as many layers."""
+    grads = [torch.randn(width, width, device="cuda") for _ in range(layers)]
+    scale = torch.rand(layers * width, device="cuda", dtype=torch.float64).round()
+    pieces = [s[:, None].float() for s in scale.split(width)]
+    shape = f"{layers} of {width} x {width}"
+    small(
+        f"unit_energy_foreach {shape}",
+        {
+            "mmbal": lambda: ops.unit_energy_foreach(grads, []),
+            "torch": lambda: [g.square().sum(1) for g in grads],
+        },
+    )
+    small(
+        f"scale_units_foreach_ {shape}",
+        {
+            "mmbal": lambda: ops.scale_units_foreach_(grads, [], scale),
+            "torch": lambda: torch._foreach_mul_(grads, pieces),
+        },
+    )
+
+
+def torch_statistics(logits, features, targets):
+    ce = [F.cross_entropy(o, targets, reduction="sum") for o in logits]
+    entropy = [torch.special.entr(torch.softmax(z, 1)).sum() for z in features]
+    return *ce, *entropy, torch.bincount(targets, minlength=logits[0].shape[1])
+
+
+def statistics_of_modalities(N, M, C, D):
+    logits = [torch.randn(N, C, device="cuda") for _ in range(M)]
+    features = [torch.randn(N, D, device="cuda") for _ in range(M)]
+    targets = torch.randint(C, (N,), device="cuda")
+    small(
+        f"modal_stats {M} of {N} x {C}, {D}",
+        {
+            "mmbal": lambda: ops.modal_stats(logits, features, targets),
+            "torch": lambda: torch_statistics(logits, features, targets),
+        },
+    )
+
+
+def torch_ksg(x, y, k=3):
+    """All distances: no memory for many samples."""
+    found, constant = [], float(torch.digamma(torch.tensor([len(y), k], dtype=torch.float64)).sum())
+    dy = (y[:, None] - y).abs()
+    for column in x.T:
+        dx = (column[:, None] - column).abs()
+        eps = torch.maximum(dx, dy).topk(k + 1, largest=False).values[:, -1:]
+        inside = torch.digamma((dx < eps).sum(1).double()) + torch.digamma((dy < eps).sum(1).double())
+        found.append(constant - inside.mean())
+    return torch.stack(found)
+
+
+def torch_discrete(a, b, C):
+    found = []
+    for of_m in a:
+        p = torch.bincount(of_m * C + b, minlength=C * C).view(C, C).double() / b.numel()
+        found.append(
+            torch.special.entr(p.sum(0)).sum() + torch.special.entr(p.sum(1)).sum() - torch.special.entr(p).sum()
+        )
+    return torch.stack(found)
+
+
+def mutual_information(N, M, C, few=8192):
+    x = torch.randn(N, M, device="cuda", dtype=torch.float64)
+    y = x[:, 0] + torch.randn(N, device="cuda", dtype=torch.float64)
+    small(
+        f"ksg_mutual_info {few} x {M}",
+        {
+            "mmbal": lambda: ops.ksg_mutual_info(x[:few], y[:few], None, 3, False),
+            "torch": lambda: torch_ksg(x[:few], y[:few]),
+        },
+    )
+    alone = milliseconds({"mmbal": lambda: ops.ksg_mutual_info(x, y)})["mmbal"]
+    print(f"| ksg_mutual_info {N} x {M} | {1000 * alone:.0f} us | no memory for all distances | |", flush=True)
+    a, b = torch.randint(C, (M, N), device="cuda"), torch.randint(C, (N,), device="cuda")
+    small(
+        f"discrete_mutual_info {M} x {N} of {C}",
+        {"mmbal": lambda: ops.discrete_mutual_info(a, b, None, C), "torch": lambda: torch_discrete(a, b, C)},
+    )
+
+
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "- TF32 off for float32")
 print("In a mixture's columns: milliseconds, and how many times mmbal's time that is.\n")
 print("| operator | mmbal | torch | torch / mmbal |\n|---|---|---|---|")
@@ -272,6 +354,9 @@ masked_units(100, 768)
 masked_units(1000, 64)
 masked_elements(24, 2**20, torch.float32)
 masked_elements(1, 2**25, torch.bfloat16)
+masks_of_units(60, 1024)
+statistics_of_modalities(4096, 3, 1000, 512)
+mutual_information(256_000, 3, 100)
 print(flush=True)
 plain = {"mmbal": with_mmbal, "torch grouped_mm": with_grouped_mm, "torch loop over experts": with_loop, "dense": dense}
 mixture(768, 3072, 8192, 4, 2, torch.bfloat16, plain)

@@ -3,6 +3,9 @@
 #include <cmath>
 
 #include "modalities.h"
+#ifdef MMBAL_ON_CUDA
+#include "mmbal/cuda/significance.h"
+#endif
 
 namespace mmbal {
 namespace {
@@ -12,6 +15,7 @@ double *doubles(const Tensor &t) { return static_cast<double *>(t.mutable_data_p
 std::tuple<Tensor, Tensor, Tensor, Tensor> modal_stats(std::vector<Tensor> logits, std::vector<Tensor> features,
                                                        Tensor targets, int64_t ignore_index) {
     const char *op = "modal_stats";
+    const Executor executor(targets);
     const int64_t M = static_cast<int64_t>(logits.size());
     check_modalities(op, "logits", M);
     STD_TORCH_CHECK(features.size() == logits.size(), op, ": features must have one tensor for each of the logits, ", M,
@@ -37,11 +41,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modal_stats(std::vector<Tensor> logit
     }
     const auto sums = [&](int64_t size) { return torch::stable::new_empty(targets, {size}, ScalarType::Double); };
     Tensor ce_sum = sums(M), entropy_sum = sums(M), histogram = sums(C), rows = sums(1);
-    TorchPool pool;
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_modal_stats_workspace_cuda(B, M, C), targets);
+#else
     const Workspace workspace(mmbal_modal_stats_workspace(B, M));
-    const mmbal_status status =
-        mmbal_modal_stats(modalities.data(), index_data(targets), M, B, C, ignore_index, doubles(ce_sum),
-                          doubles(entropy_sum), doubles(histogram), doubles(rows), workspace.data(), pool.get());
+#endif
+    const mmbal_status status = MMBAL_KERNEL(mmbal_modal_stats)(
+        modalities.data(), index_data(targets), M, B, C, ignore_index, doubles(ce_sum), doubles(entropy_sum),
+        doubles(histogram), doubles(rows), workspace.data(), executor.get());
     STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op, ": targets must be from 0 to C - 1 = ", C - 1,
                     " or ignore_index = ", ignore_index);
     check(status, op);
@@ -78,6 +85,7 @@ std::tuple<Tensor, Tensor> update_ratio(Tensor ce_sum, Tensor entropy_sum, Tenso
                                         std::vector<int64_t> dims, double tau, double offset, double lo, double hi,
                                         std::string mode, double bias, double least_entropy, std::string guard) {
     const char *op = "update_ratio";
+    const Executor executor(ce_sum);
     const int64_t M = static_cast<int64_t>(dims.size());
     check_modalities(op, "dims", M);
     for (const int64_t D : dims) STD_TORCH_CHECK(D >= 1, op, ": dims must be at least 1 each, got ", D);
@@ -91,27 +99,39 @@ std::tuple<Tensor, Tensor> update_ratio(Tensor ce_sum, Tensor entropy_sum, Tenso
     ce_sum = in_one_piece(ce_sum), entropy_sum = in_one_piece(entropy_sum);
     histogram = in_one_piece(histogram);
     Tensor rate = torch::stable::new_empty(ce_sum, {M}), rho = torch::stable::new_empty(ce_sum, {M});
+#ifdef MMBAL_ON_CUDA
+    check(mmbal_update_ratio_cuda(doubles(ce_sum), doubles(entropy_sum), doubles(histogram), doubles(rows), dims.data(),
+                                  M, histogram.size(0), in.options, doubles(rate), doubles(rho), executor.get()),
+          op);
+#else
     check(mmbal_update_ratio(doubles(ce_sum), doubles(entropy_sum), doubles(histogram), doubles(rows), dims.data(), M,
                              histogram.size(0), in.options, doubles(rate), doubles(rho)),
           op);
+#endif
     return {rate, rho};
 }
 
 Tensor ratio_of_rates(Tensor rate, double tau, double lo, double hi, double bias) {
     const char *op = "ratio_of_rates";
+    const Executor executor(rate);
     check_sums(op, "rate", rate, "[M]", -1);
     check_modalities(op, "rate", rate.size(0));
     RatioOptions in{op};
     in.prepare(tau, 0, lo, hi, "mi", bias, 1, "clamp");
     rate = in_one_piece(rate);
     Tensor rho = torch::stable::new_empty(rate, {rate.size(0)});
+#ifdef MMBAL_ON_CUDA
+    check(mmbal_ratio_of_rates_cuda(doubles(rate), rate.size(0), in.options, doubles(rho), executor.get()), op);
+#else
     check(mmbal_ratio_of_rates(doubles(rate), rate.size(0), in.options, doubles(rho)), op);
+#endif
     return rho;
 }
 
 } // namespace
 } // namespace mmbal
 
+#ifndef MMBAL_ON_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("modal_stats(Tensor[] logits, Tensor[] features, Tensor targets, int ignore_index=-100) -> "
           "(Tensor, Tensor, Tensor, Tensor)");
@@ -120,7 +140,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
           "float least_entropy=0.05, str guard=\"clamp\") -> (Tensor, Tensor)");
     m.def("ratio_of_rates(Tensor rate, float tau, float lo=0.1, float hi=0.9, float bias=0.0) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+#endif
+STABLE_TORCH_LIBRARY_IMPL(mmbal, MMBAL_DEVICE, m) {
     m.impl("modal_stats", TORCH_BOX(&mmbal::modal_stats));
     m.impl("update_ratio", TORCH_BOX(&mmbal::update_ratio));
     m.impl("ratio_of_rates", TORCH_BOX(&mmbal::ratio_of_rates));

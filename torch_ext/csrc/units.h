@@ -75,7 +75,8 @@ inline std::vector<mmbal_units> units_of(const char *op, const char *name, const
         const Tensor &tensor = tensors[t];
         mmbal_units &of = units[t];
         of.dtype = storage_dtype(op, name, tensor);
-        STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, "[", t, "] must be on the CPU like the other arguments");
+        STD_TORCH_CHECK(is_within_reach(tensor), op, ": ", name, "[", t, "] must be ", device_text(),
+                        " like the other arguments");
         of.data = writes ? tensor.mutable_data_ptr() : const_cast<void *>(tensor.const_data_ptr());
         if (T == 0) {
             see_slices(op, name, t, tensor, of);

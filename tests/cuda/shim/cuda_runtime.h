@@ -156,6 +156,8 @@ void multiply_add(Load load, float (&sums)[4], const uint32_t (&a)[4], uint32_t 
 } // namespace cuda_shim
 
 inline float __fdividef(float a, float b) { return a / b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline int atomicExch(int *address, int value) { return cuda_shim::exchange(address, value); }
 template <typename T>
 T atomicAdd(T *address, T value) {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmbal._library import ops
 from mmbal.methods.gradients import Batch, Gradients, Managed, Predicate, collect, like
 from mmbal.methods.ratios import ConcatHead, Outputs, Ratios, Significance
-from mmbal.methods.rows import choose
+from mmbal.methods.rows import choose, moved
 from mmbal.methods.sharding import gather_energy, local_units
 from mmbal.methods.unit_spec import UnitSpec
 from mmbal.units import in_place
@@ -102,6 +102,8 @@ class AMSS:
       Make AMSS after ``fully_shard``, which replaces the parameters.
     - ``optimizer.step(closure)``: call ``step`` in the closure after ``backward``.
     - Gradients that are None are left alone; sparse ones too, with a warning.
+    - On a GPU all is done there, in the order of its stream, and ``step`` waits for nothing; ``rho``, ``skipped`` and
+      ``last_stats`` wait, as they are numbers. Give ``outputs`` from where the gradients are.
     """
 
     def __init__(
@@ -228,11 +230,13 @@ class AMSS:
         if not units.managed and not elements.managed and not self._warned:
             self._warned = True
             warnings.warn("AMSS: no managed parameter has a gradient: were they replaced since?", stacklevel=3)
+        for tensor in (units.tensors or elements.tensors)[:1]:
+            rho_M = self._ratios.on(tensor.device)
         scale, skip = self._draw(units, rho_M)
         if elements.tensors:
             skip = self._any_nonfinite(elements, skip)
         if skip is not None:
-            self._skipped = self._skipped.to(skip.device) + skip
+            self._skipped = moved(self._skipped, skip.device) + skip
         if self.where == "update":
             self._undone = self._remember(units, elements, scale, rho_M, skip)
         else:
@@ -266,7 +270,8 @@ class AMSS:
         for m, (count, shard) in zip(units.managed, units.parts, strict=True):
             count = count if shard is None else shard.total
             now = energy[first : first + count]
-            before = self._energy.get(m.id, torch.full_like(now, torch.nan)).to(now.device)  # NaN: none yet
+            before = self._energy.get(m.id, torch.full_like(now, torch.nan))  # NaN: none yet
+            before = moved(before, now.device)
             fresh = torch.where(before.isnan(), now, self.ema * before + (1 - self.ema) * now)
             self._energy[m.id] = torch.where(nonfinite, before, fresh)
             averages.append(self._energy[m.id])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbal._library import ops
-from mmbal.methods.rows import choose, gather_rows, in_order, mean_over_ranks, ranks, same_container
+from mmbal.methods.rows import choose, gather_rows, in_order, mean_over_ranks, moved, ranks, same_container
 
 TASKS = ("regression", "classification", "multilabel")
 FACTORS = ("kl+mi", "kl", "mi")
@@ -71,8 +71,12 @@ class BTW(nn.Module):
     Several processes (DDP): ``update``, ``fit_sigma`` and ``step`` are collective calls. Every rank passes its own rows
     and gets those of all (a row that several ranks pass, as DistributedSampler does to pad, counts once), so all ranks
     compute the same table, bit for bit. DistributedDataParallel would send it with every forward pass too, to no use:
-    ``broadcast_buffers=False`` spares that. The tables are on the CPU, so the group needs a CPU backend (gloo). As in
-    any collective call, an error on one rank leaves the others waiting.
+    ``broadcast_buffers=False`` spares that. Rows are exchanged where the table is: the group's backend must serve that
+    device (gloo the CPU, NCCL a GPU). As in any collective call, an error on one rank leaves the others waiting.
+
+    On a GPU: ``btw.to(device)`` as for any module, since ``apply`` multiplies embeddings where they are. Predictions,
+    targets, masks and indices from elsewhere are moved there. ``weights`` and ``apply`` do not wait for the GPU,
+    ``update``, ``fit_sigma`` and ``step`` do.
     """
 
     table: Tensor | None
@@ -82,6 +86,7 @@ class BTW(nn.Module):
     alpha: Tensor
     best: Tensor
     updates: Tensor
+    _known_sigma: tuple[Tensor | None, int] = (None, 0)  # with the version of it
 
     def __init__(
         self,
@@ -161,6 +166,9 @@ class BTW(nn.Module):
         """Whether the next ``update`` works; if not, its predictions need not be made."""
         return int(self.updates) % self.every == 0
 
+    def _here(self, t: Tensor | None) -> Tensor | None:
+        return None if t is None else moved(t, self.mean.device)
+
     # --- What is given ---------------------------------------------------------------------------------------------
 
     def _predictions(
@@ -180,7 +188,8 @@ class BTW(nn.Module):
                 )
         real = torch.float64 if fused.dtype == torch.float64 else torch.float32
         N, K = fused.shape[0], fused.shape[1:].numel()
-        return torch.stack([t.detach().to(real).reshape(N, K) for t in each], 1), fused.detach().to(real).reshape(N, K)
+        *each, fused = (self._here(t.detach()).to(real).reshape(N, K) for t in (*each, fused))
+        return torch.stack(each, 1), fused
 
     def _present(self, present: Tensor | None, N: int) -> Tensor | None:
         M = len(self.modalities)
@@ -188,14 +197,14 @@ class BTW(nn.Module):
             raise ValueError(
                 f"BTW: present must be bool [N, M] = [{N}, {M}], got {present.dtype} {list(present.shape)}"
             )
-        return present
+        return self._here(present)
 
     def _target(self, target: Tensor | None, fused_NK: Tensor) -> Tensor:
         if target is None:
             raise ValueError("BTW: target must be given: the residuals of the training rows are the sigmas")
         if target.dim() < 1 or target.numel() != fused_NK.numel() or target.shape[0] != fused_NK.shape[0]:
             raise ValueError(f"BTW: target must be like fused {list(fused_NK.shape)}, got {list(target.shape)}")
-        return target.detach().to(fused_NK.dtype).reshape(fused_NK.shape)
+        return self._here(target.detach()).to(fused_NK.dtype).reshape(fused_NK.shape)
 
     def _index(self, index: Tensor | None, N: int) -> Tensor | None:
         if (index is None) != (self.table is None):
@@ -206,11 +215,11 @@ class BTW(nn.Module):
             raise ValueError(f"BTW: index must be int64 [N] = [{N}], got {index.dtype} {list(index.shape)}")
         if index is not None and N and not (int(index.min()) >= 0 and int(index.max()) < self.num_samples):
             raise ValueError(f"BTW: index must be from 0 to num_samples - 1 = {self.num_samples - 1}")
-        return index
+        return self._here(index)
 
     def _of_all_ranks(self, index, each_NMK, fused_NK, target_NK, present_NM, *heads) -> list[Tensor | None]:
         if present_NM is None and ranks(self.process_group) > 1:  # another rank may have a mask
-            present_NM = torch.ones(each_NMK.shape[:2], dtype=torch.bool)
+            present_NM = torch.ones(each_NMK.shape[:2], dtype=torch.bool, device=each_NMK.device)
         return gather_rows(self.process_group, index, each_NMK, fused_NK, target_NK, present_NM, *heads)
 
     def _is_known(self, predictions: Tensor) -> Tensor:
@@ -232,6 +241,17 @@ class BTW(nn.Module):
             known &= more_NK.isfinite().all(1)
         return rows if known.all() else [None if t is None else t[known] for t in rows]
 
+    def _sigma_is_known(self) -> bool:
+        """Looks once at what sigma holds: on a GPU a look waits."""
+        if self.sigma.is_inference():  # which counts no versions
+            return not self.sigma.isnan().any()
+        looked_at, version = self._known_sigma
+        if looked_at is not self.sigma or version != self.sigma._version:
+            if self.sigma.isnan().any():
+                return False
+            self._known_sigma = self.sigma, self.sigma._version
+        return True
+
     # --- The two factors -------------------------------------------------------------------------------------------
 
     def _divergence(self, each_NMK, fused_NK, target_NK=None, log_sigma_NMK=None, fused_log_sigma_NK=None) -> Tensor:
@@ -242,14 +262,14 @@ class BTW(nn.Module):
             pairs = torch.stack([each_NMK, torch.zeros_like(each_NMK)], -1).transpose(0, 1).reshape(M, N * K, 2)
             fused = torch.stack([fused_NK, torch.zeros_like(fused_NK)], -1).reshape(N * K, 2)
             return ops.categorical_kl(pairs, fused).reshape(N, K, M).sum(1)
-        if not _all_finite(each_NMK):
+        if each_NMK.is_cuda or not _all_finite(each_NMK):  # to look would be to wait
             each_NMK = torch.where(each_NMK.isfinite(), each_NMK, math.nan)
         mu, fused_mu = each_NMK.transpose(1, 2).reshape(N * K, M), fused_NK.reshape(N * K)
         if target_NK is not None:
             kl = ops.residual_kl(mu, fused_mu, target_NK.reshape(N * K), self.sigma_min)
         else:
             if log_sigma_NMK is None:
-                if self.sigma.isnan().any():
+                if not self._sigma_is_known():
                     raise RuntimeError("BTW: call fit_sigma first: it gives the sigmas of rows without a target")
                 log_sigma = self.sigma.log().to(mu.dtype)
                 log_sigma, fused_log_sigma = log_sigma[:M].expand(N * K, M), log_sigma[M].expand(N * K)
@@ -437,7 +457,7 @@ class BTW(nn.Module):
                 raise ValueError("BTW: index is for rows of the table, unimodal and fused are for rows outside it")
             if self.table is None:
                 raise ValueError("BTW: index needs a table: give num_samples")
-            w = self.table.index_select(0, index)
+            w = self.table.index_select(0, self._here(index))
             return w if present is None else w * self._present(present, w.shape[0])
         if unimodal is None:
             return self.mean.clone() if present is None else self._shared_mean(present)
@@ -448,7 +468,8 @@ class BTW(nn.Module):
             return self._fresh(self._divergence(each, whole, None, *heads), self.mutual_info, present)
 
     def _shared_mean(self, present: Tensor) -> Tensor:
-        shares = self.mean * self._present(present, present.shape[0])
+        present = self._present(present, present.shape[0])
+        shares = self.mean * present
         total = present.sum(1, keepdim=True) if self.mean_one else 1.0
         return shares * (total / shares.sum(1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny))
 
@@ -479,5 +500,5 @@ class BTW(nn.Module):
         if weights.shape != (N, M):
             raise ValueError(f"BTW: weights must be [N, M] = [{N}, {M}], got {list(weights.shape)}")
         if present is not None:
-            weights = weights * present
+            weights = weights * moved(present, weights.device)
         return same_container(embeddings, self.modalities, ops.scale_modalities(each, weights))

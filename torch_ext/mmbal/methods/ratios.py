@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmbal._library import ops
-from mmbal.methods.rows import choose, in_order, sum_over_ranks
+from mmbal.methods.rows import choose, in_order, moved, sum_over_ranks
 from mmbal.methods.sharding import whole
 
 TAU = {"rate": 1.25, "rate_unnormalised": 0.2, "mi": 0.5}  # the authors' 0.2 and 0.5; 0.2 ln 512 normalised
@@ -88,7 +88,9 @@ class Ratios:
 
     def observe(self, outputs: Outputs | None, y: Tensor | None) -> None:
         sums = self._rates(outputs, y) if callable(self.significance) else self._sums(outputs, y)
-        self.seen = sums if self.seen is None else [a.to(b.device) + b for a, b in zip(self.seen, sums, strict=True)]
+        self.seen = (
+            sums if self.seen is None else [moved(a, b.device) + b for a, b in zip(self.seen, sums, strict=True)]
+        )
 
     def _rates(self, outputs, y) -> list[Tensor]:
         rates = torch.as_tensor(self.significance(outputs, y)).detach().to(torch.float64)
@@ -127,13 +129,22 @@ class Ratios:
             raise RuntimeError("AMSS: there are no ratios yet: give step outputs and y, or rho, or call observe before")
         return self.rho
 
+    def on(self, device: torch.device) -> Tensor:
+        """[M] of this step where the gradients are."""
+        here = moved(self.rho, device)
+        if self.rho is self.fixed:
+            self.fixed = here  # goes there once
+        self.rho = here
+        return here
+
     def _of_sums(self, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
         if callable(self.significance):
             rate = sums[0] / sums[1]
             return rate, ops.ratio_of_rates(rate, self.tau, self.lo, self.hi, self.bias)
         ce, entropy, histogram, rows = sums
         if self.prior is not None:
-            histogram = self.prior.to(rows.device) * rows
+            self.prior = moved(self.prior, rows.device)
+            histogram = self.prior * rows
         bounds = self.tau, self.offset, self.lo, self.hi
         return ops.update_ratio(
             ce, entropy, histogram, rows, self.dims, *bounds, self.significance, self.bias, guard=self.guard

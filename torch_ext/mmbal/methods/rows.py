@@ -41,12 +41,24 @@ def rank_of(group) -> int:
     return dist.get_rank(group) if ranks(group) > 1 else 0
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; to a GPU without waiting for what it does."""
+    if tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def _as_exchanged(group, tensor: Tensor) -> Tensor:
+    """Where the group's backend takes it: NCCL takes nothing from the CPU."""
+    return tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
+
+
 def every(group, values: list[int]) -> Tensor:
     """int64 [ranks, len(values)]: the whole numbers that each rank passed."""
     mine = torch.tensor(values, dtype=torch.int64)
     if ranks(group) == 1:
         return mine.unsqueeze(0)
-    mine = mine.cuda() if dist.get_backend(group) == "nccl" else mine  # which takes no others
+    mine = _as_exchanged(group, mine)
     received = [torch.empty_like(mine) for _ in range(ranks(group))]
     dist.all_gather(received, mine, group=group)
     return torch.stack(received).cpu()
@@ -88,10 +100,7 @@ def gather_rows(group, index: Tensor | None, *tensors: Tensor | None) -> list[Te
     index, each once; as they are where there is one process."""
     if ranks(group) == 1:
         return [index, *tensors]
-    mine = torch.tensor([next(t.shape[0] for t in tensors if t is not None)])
-    counts = [torch.empty_like(mine) for _ in range(ranks(group))]
-    dist.all_gather(counts, mine, group=group)
-    counts = [int(count) for count in counts]
+    counts = every(group, [next(t.shape[0] for t in tensors if t is not None)])[:, 0].tolist()
     index, *tensors = [None if t is None else all_rows(t, counts, group) for t in (index, *tensors)]
     if index is None:
         return [index, *tensors]
@@ -105,7 +114,7 @@ def gather_rows(group, index: Tensor | None, *tensors: Tensor | None) -> list[Te
 def mean_over_ranks(group, value: float) -> float:
     if ranks(group) == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64)
+    total = _as_exchanged(group, torch.tensor(value, dtype=torch.float64))
     dist.all_reduce(total, group=group)
     return float(total) / ranks(group)
 
@@ -114,7 +123,7 @@ def sum_over_ranks(group, tensors: list[Tensor]) -> list[Tensor]:
     """Float64 tensors summed over the ranks in one exchange; as they are where there is one process."""
     if ranks(group) == 1:
         return tensors
-    every = torch.cat([t.reshape(-1) for t in tensors])
-    dist.all_reduce(every, group=group)
-    parts = every.split([t.numel() for t in tensors])
+    sums = _as_exchanged(group, torch.cat([t.reshape(-1) for t in tensors]))
+    dist.all_reduce(sums, group=group)
+    parts = moved(sums, tensors[0].device).split([t.numel() for t in tensors])
     return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -23,10 +23,10 @@ class Random:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape, dtype=torch.float64):
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
 
     def uniform(self, *shape, dtype=torch.float64):
-        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).to(dtype)
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(dtype)
 
     def choices(self, N, E, K):
         """K different of E for each row."""

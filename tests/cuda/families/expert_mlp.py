@@ -26,8 +26,26 @@ def experts(N, dtype, D=16, F=24, E=4, K=2, activation="quick_gelu", dropout=0.0
     )
 
 
+def packed(N, dtype, D=17, F=33, E=3):
+    case = experts(N, dtype, D, F, E)
+
+    def call(x, w1, b1, w2, b2, weights, permutation, offsets, inverse):
+        routing = (permutation, offsets, inverse)
+        panels = ops.expert_mlp_pack(w1, w2)
+        with torch.no_grad():
+            y, _ = ops.expert_mlp_forward(
+                x, w1, b1, w2, b2, weights, *routing, "gelu", 0.0, 0.0, 0, 0, False, packed=panels
+            )
+        return y
+
+    case.name, case.call = f"packed {case.name}", call
+    return case
+
+
 def cases(dtype):
     return [
+        packed(50, dtype),
+        packed(5, dtype, D=16, F=32),
         *(experts(N, dtype) for N in (0, 1, 37, 1000)),
         experts(50, dtype, D=17, F=65, activation="gelu", dropout=0.25, output_dropout=0.1),
         experts(50, dtype, D=16, F=32, activation="silu", dropout=0.25, output_dropout=0.1),
@@ -41,7 +59,7 @@ def cases(dtype):
 
 
 def plain(N, dtype):
-    return [experts(N, dtype)]
+    return [experts(N, dtype), packed(N, dtype)]
 
 
 def small():
@@ -53,7 +71,7 @@ def small():
 
 def watched(torch_products):
     found = [experts(40, torch.float32, D=17, F=33), experts(40, torch.float32, D=132, F=200)]
-    found.append(experts(40, torch.bfloat16, D=17, F=33, dropout=0.2))
+    found += [experts(40, torch.bfloat16, D=17, F=33, dropout=0.2), packed(20, torch.bfloat16)]
     for width in (16, 136):  # tensor cores: one tile and several; rows of 16 bytes
         found.append(experts(70, torch.float16, D=width, F=width + 24, only=None if width == 16 else 1))
     if torch_products:

@@ -108,17 +108,6 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-// Categorical distributions. Below this a probability is 0; see ops/cpu/elementary.h.
-template <typename R>
-__device__ __forceinline__ R least_exponent() {
-    return sizeof(R) == 8 ? -745 : -87;
-}
-
-template <typename R>
-__device__ __forceinline__ R exp_nonpositive(R x) {
-    return x < least_exponent<R>() ? 0 : exp_real(x);
-}
-
 // What a gradient needs of entry (n, m) beside its logits.
 template <typename R>
 struct Entry {

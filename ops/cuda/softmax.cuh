@@ -7,6 +7,17 @@
 
 namespace mmbal {
 
+// Below this a probability is 0; see ops/cpu/elementary.h.
+template <typename R>
+__device__ __forceinline__ R least_exponent() {
+    return sizeof(R) == 8 ? -745 : -87;
+}
+
+template <typename R>
+__device__ __forceinline__ R exp_nonpositive(R x) {
+    return x < least_exponent<R>() ? 0 : exp_real(x);
+}
+
 constexpr int64_t FEW_EXPERTS = 32; // a thread's row
 
 template <int LANES, typename T>

@@ -9,46 +9,11 @@ constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
 template <typename T>
 void check(const Problem<T> &p, bool also_second = true, bool none_upstream = false, bool reg_alone = false) {
-    using Reals = RealOf<T>;
     using P = Problem<T>;
     const auto got = p.forward();
     const typename P::Call call = {mmbal_pool_serial(), -1, none_upstream, reg_alone, {}};
-    const auto first = p.run(P::BACKWARD, got.magnitudes, call), second = p.run(P::SECOND, got.magnitudes, call);
-    ASSERT_TRUE(got.status == MMBAL_OK && first.status == MMBAL_OK && second.status == MMBAL_OK);
-    const int64_t M = p.M();
-    for (int64_t row = 0; row < p.B; row++) {
-        Sample s = p.sample(row);
-        ASSERT_TRUE((near<Reals, Reals>(got.reg[row], {s.R.value, s.R.error + 1}))) << "reg " << row;
-        RoundedRow magnitudes(M);
-        for (int64_t m = 0; m < M; m++) {
-            ASSERT_TRUE((near<Reals, Reals>(got.shares[row * M + m], s.p[m]))) << "share " << row << " " << m;
-            ASSERT_TRUE((near<Reals, Reals>(got.magnitudes[row * M + m], s.a[m]))) << "magnitude " << row << " " << m;
-            magnitudes[m] = {got.magnitudes[row * M + m], std::fabs(got.magnitudes[row * M + m])};
-        }
-        s.set_magnitudes(magnitudes);
-        std::vector<double> dshares(M), dmagnitudes(M);
-        for (int64_t m = 0; m < M && !reg_alone; m++)
-            dshares[m] = p.dshares[row * M + m], dmagnitudes[m] = p.dmagnitudes[row * M + m];
-        s.backward(p.dreg[row], dshares.data(), dmagnitudes.data());
-        auto G = p.rows(p.G, row), E = p.rows(p.E, row);
-        for (int64_t m = 0; m < M && none_upstream; m++) G[m].assign(p.d[m], 0), E[m].assign(p.d[m], 0);
-        const Sample::Second two = s.second(p.dreg[row], G, E);
-        ASSERT_TRUE(!also_second || (near<Reals, Reals>(second.reg[row], two.reg))) << "ddreg " << row;
-        for (int64_t m = 0; m < M; m++) {
-            SCOPED_TRACE("row " + std::to_string(row) + " modality " + std::to_string(m));
-            for (int64_t i = 0; i < p.d[m]; i++) {
-                const int64_t at = row * p.d[m] + i;
-                ASSERT_TRUE((near<T, Reals>(T::load(first.first[m][at]), s.dgradient(m, i)))) << "dgradient " << i;
-                ASSERT_TRUE((near<T, Reals>(T::load(first.last[m][at]), s.dembedding(m, i)))) << "dembedding " << i;
-                if (!also_second) continue;
-                ASSERT_TRUE((near<T, Reals>(T::load(second.first[m][at]), two.g[m][i]))) << "second, of g " << i;
-                ASSERT_TRUE((near<T, Reals>(T::load(second.last[m][at]), two.e[m][i]))) << "second, of e " << i;
-            }
-            if (!also_second) continue;
-            ASSERT_TRUE((near<Reals, Reals>(second.shares[row * M + m], two.shares[m]))) << "ddshares";
-            ASSERT_TRUE((near<Reals, Reals>(second.magnitudes[row * M + m], two.magnitudes[m]))) << "ddmagnitudes";
-        }
-    }
+    follows_formulas(p, got, p.run(P::BACKWARD, got.magnitudes, call), p.run(P::SECOND, got.magnitudes, call),
+                     also_second, none_upstream, reg_alone);
 }
 
 template <typename T>

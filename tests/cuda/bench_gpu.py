@@ -341,6 +341,47 @@ def mutual_information(N, M, C, few=8192):
     small(
         f"discrete_mutual_info {M} x {N} of {C}",
         {"mmbal": lambda: ops.discrete_mutual_info(a, b, None, C), "torch": lambda: torch_discrete(a, b, C)},
+
+
+def torch_attributions(grads, embeddings, asked):
+    a = torch.stack([(g * e).norm(dim=1) for g, e in zip(grads, embeddings, strict=True)], 1)
+    return (a / a.sum(1, keepdim=True) - asked).abs().sum(1)
+
+
+def torch_log_odds(head, embeddings):
+    z = head(torch.cat(embeddings, 1))
+    top = z.argmax(1, keepdim=True)
+    return z.gather(1, top).sum() - z.scatter(1, top, float("-inf")).logsumexp(1).sum()
+
+
+def attributions(B, D, C):
+    embeddings = [torch.randn(B, D, device="cuda", requires_grad=True) for _ in range(2)]
+    grads = [torch.randn(B, D, device="cuda", requires_grad=True) for _ in range(2)]
+    asked = torch.full((2,), 0.5, device="cuda", dtype=torch.float64)
+
+    def of_gradients(function):
+        return lambda: torch.autograd.grad(function().sum(), grads)
+
+    plain = torch_attributions
+    small(
+        f"attribution_reg and gradient 2 of {B} x {D}",
+        {
+            "mmbal": of_gradients(lambda: ops.attribution_reg(grads, embeddings, asked)[0]),
+            "torch": of_gradients(lambda: plain(grads, embeddings, asked.float())),
+        },
+    )
+    head = torch.nn.Linear(2 * D, C, device="cuda")
+    with torch.no_grad():
+        logits, weight = head(torch.cat(embeddings, 1)), head.weight.detach()
+        fixed, dreg = [e.detach() for e in embeddings], torch.full((B,), 1 / B, device="cuda")
+
+    def twice():
+        g = torch.autograd.grad(torch_log_odds(head, embeddings), embeddings, create_graph=True)
+        return torch.autograd.grad(plain(g, embeddings, asked.float()).mean(), list(head.parameters()))
+
+    small(
+        f"attribution_linear 2 of {B} x {D}, {C} classes",
+        {"mmbal": lambda: ops.attribution_linear(fixed, [weight], logits, asked, dreg), "torch": twice},
     )
 
 
@@ -357,6 +398,8 @@ masked_elements(1, 2**25, torch.bfloat16)
 masks_of_units(60, 1024)
 statistics_of_modalities(4096, 3, 1000, 512)
 mutual_information(256_000, 3, 100)
+for B, D, C in ((64, 512, 6), (1024, 768, 309), (4096, 2048, 1000)):
+    attributions(B, D, C)
 print(flush=True)
 plain = {"mmbal": with_mmbal, "torch grouped_mm": with_grouped_mm, "torch loop over experts": with_loop, "dense": dense}
 mixture(768, 3072, 8192, 4, 2, torch.bfloat16, plain)

@@ -1,6 +1,9 @@
 #include "mmbal/attribution.h"
 
 #include "modalities.h"
+#ifdef MMBAL_ON_CUDA
+#include "mmbal/cuda/attribution.h"
+#endif
 
 namespace mmbal {
 namespace {
@@ -13,7 +16,7 @@ struct AttributionInputs {
     Tensors grads, embeddings;
     Tensor target;
     std::optional<Tensor> present;
-    std::vector<mmbal_attributed> modalities;
+    std::vector<mmbal_attributed> modalities{};
     mmbal_attribution attribution{};
 
     // grads may be empty: they are not read.
@@ -31,7 +34,8 @@ struct AttributionInputs {
             STD_TORCH_CHECK(e.dim() >= 1 && e.size(0) == B && row_size(e) >= 1, op, ": ", of_embedding,
                             " must be [B, ...] = [", B, ", ...] with at least one number a sample, got ",
                             shape_text(e.sizes()));
-            STD_TORCH_CHECK(e.is_cpu(), op, ": ", of_embedding, " must be on the CPU like the other arguments");
+            STD_TORCH_CHECK(is_within_reach(e), op, ": ", of_embedding, " must be ", device_text(),
+                            " like the other arguments");
             storage_dtype(op, of_embedding.c_str(), e);
             check_dtype(op, of_embedding.c_str(), e, type);
             if (!grads.empty()) {
@@ -95,9 +99,27 @@ struct AttributionInputs {
     }
 };
 
+// What says the device; a check refuses a call without embeddings.
+const Tensor &first_of(const Tensors &embeddings, const Tensor &otherwise) {
+    return embeddings.empty() ? otherwise : embeddings[0];
+}
+
+// The core's function, or that for the GPU, which takes a workspace too.
+template <typename Function, typename... Given>
+void run(const AttributionInputs &in, const Executor &executor, Function *function, Given... given) {
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_attribution_reg_workspace_cuda(in.attribution.B, in.attribution.M),
+                              in.embeddings[0]);
+    in.check_status(function(&in.attribution, given..., workspace.data(), executor.get()));
+#else
+    in.check_status(function(&in.attribution, given..., executor.get()));
+#endif
+}
+
 std::tuple<Tensor, Tensor, Tensor> attribution_reg(Tensors grads, Tensors embeddings, Tensor target_shares,
                                                    std::optional<Tensor> present, std::string pool, std::string penalty,
                                                    double eps) {
+    const Executor executor(first_of(embeddings, target_shares));
     AttributionInputs in{"attribution_reg", grads, embeddings, target_shares, present};
     STD_TORCH_CHECK(grads.size() == embeddings.size(), in.op,
                     ": grads must have one tensor for each of the embeddings, ", embeddings.size(), ", got ",
@@ -105,9 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> attribution_reg(Tensors grads, Tensors embedd
     in.prepare(pool, penalty, eps);
     const int64_t B = in.attribution.B, M = in.attribution.M;
     Tensor reg = in.real({B}), shares = in.real({B, M}), magnitudes = in.real({B, M});
-    TorchPool workers;
-    in.check_status(mmbal_attribution_reg(&in.attribution, reg.mutable_data_ptr(), shares.mutable_data_ptr(),
-                                          magnitudes.mutable_data_ptr(), workers.get()));
+    run(in, executor, MMBAL_KERNEL(mmbal_attribution_reg), reg.mutable_data_ptr(), shares.mutable_data_ptr(),
+        magnitudes.mutable_data_ptr());
     return {reg, shares, magnitudes};
 }
 
@@ -128,6 +149,7 @@ std::tuple<Tensors, Tensors> attribution_reg_backward(Tensor dreg, Tensor dshare
                                                       std::optional<Tensor> present, Tensor magnitudes,
                                                       std::string pool, std::string penalty, double eps,
                                                       bool need_grads, bool need_embeddings) {
+    const Executor executor(first_of(embeddings, target_shares));
     AttributionInputs in{"attribution_reg_backward", grads, embeddings, target_shares, present};
     in.prepare(pool, penalty, eps);
     Upstream up{dreg, dshares, dmagnitudes, magnitudes};
@@ -138,10 +160,8 @@ std::tuple<Tensors, Tensors> attribution_reg_backward(Tensor dreg, Tensor dshare
         in.modalities[m].dgradient = need_grads ? dgrads[m].mutable_data_ptr() : nullptr;
         in.modalities[m].dembedding = need_embeddings ? dembeddings[m].mutable_data_ptr() : nullptr;
     }
-    TorchPool workers;
-    in.check_status(mmbal_attribution_reg_backward(&in.attribution, up.dreg.const_data_ptr(),
-                                                   up.dshares.const_data_ptr(), up.dmagnitudes.const_data_ptr(),
-                                                   up.magnitudes.const_data_ptr(), workers.get()));
+    run(in, executor, MMBAL_KERNEL(mmbal_attribution_reg_backward), up.dreg.const_data_ptr(),
+        up.dshares.const_data_ptr(), up.dmagnitudes.const_data_ptr(), up.magnitudes.const_data_ptr());
     return {dgrads, dembeddings};
 }
 
@@ -150,6 +170,7 @@ attribution_reg_backward_backward(Tensors ddgrads, Tensors ddembeddings, Tensor 
                                   Tensor dmagnitudes, Tensors grads, Tensors embeddings, Tensor target_shares,
                                   std::optional<Tensor> present, Tensor magnitudes, std::string pool,
                                   std::string penalty, double eps) {
+    const Executor executor(first_of(embeddings, target_shares));
     AttributionInputs in{"attribution_reg_backward_backward", grads, embeddings, target_shares, present};
     in.prepare(pool, penalty, eps);
     Upstream up{dreg, dshares, dmagnitudes, magnitudes};
@@ -169,11 +190,9 @@ attribution_reg_backward_backward(Tensors ddgrads, Tensors ddembeddings, Tensor 
         of.ddgradient = ddgrads[m].const_data_ptr(), of.ddembedding = ddembeddings[m].const_data_ptr();
         of.dgradient = to_grads[m].mutable_data_ptr(), of.dembedding = to_embeddings[m].mutable_data_ptr();
     }
-    TorchPool workers;
-    in.check_status(mmbal_attribution_reg_backward_backward(
-        &in.attribution, up.dreg.const_data_ptr(), up.dshares.const_data_ptr(), up.dmagnitudes.const_data_ptr(),
-        up.magnitudes.const_data_ptr(), ddreg.mutable_data_ptr(), ddshares.mutable_data_ptr(),
-        ddmagnitudes.mutable_data_ptr(), workers.get()));
+    run(in, executor, MMBAL_KERNEL(mmbal_attribution_reg_backward_backward), up.dreg.const_data_ptr(),
+        up.dshares.const_data_ptr(), up.dmagnitudes.const_data_ptr(), up.magnitudes.const_data_ptr(),
+        ddreg.mutable_data_ptr(), ddshares.mutable_data_ptr(), ddmagnitudes.mutable_data_ptr());
     return {ddreg, ddshares, ddmagnitudes, to_grads, to_embeddings};
 }
 
@@ -181,6 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensor>
 attribution_linear(Tensors embeddings, Tensors weights, Tensor logits, Tensor target_shares, Tensor dreg,
                    std::optional<Tensor> present, std::optional<Tensor> classes, std::string score, std::string pool,
                    std::string penalty, double eps) {
+    const Executor executor(first_of(embeddings, target_shares));
     AttributionInputs in{"attribution_linear", {}, embeddings, target_shares, present};
     in.prepare(pool, penalty, eps);
     const int64_t B = in.attribution.B, M = in.attribution.M;
@@ -226,11 +246,15 @@ attribution_linear(Tensors embeddings, Tensors weights, Tensor logits, Tensor ta
                                  classes ? index_data(*classes) : nullptr,
                                  C,
                                  score == "logit" ? MMBAL_SCORE_LOGIT : MMBAL_SCORE_ODDS};
-    TorchPool workers;
-    const Workspace workspace(mmbal_attribution_linear_workspace(&in.attribution, C, workers.get()));
-    const mmbal_status status = mmbal_attribution_linear(
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_attribution_linear_workspace_cuda(&in.attribution, &head, dweight_data.data()),
+                              logits);
+#else
+    const Workspace workspace(mmbal_attribution_linear_workspace(&in.attribution, C, executor.get()));
+#endif
+    const mmbal_status status = MMBAL_KERNEL(mmbal_attribution_linear)(
         &in.attribution, &head, dreg.const_data_ptr(), reg.mutable_data_ptr(), shares.mutable_data_ptr(),
-        magnitudes.mutable_data_ptr(), dweight_data.data(), dbias.mutable_data_ptr(), workspace.data(), workers.get());
+        magnitudes.mutable_data_ptr(), dweight_data.data(), dbias.mutable_data_ptr(), workspace.data(), executor.get());
     STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, in.op, ": classes must be from 0 to C - 1 = ", C - 1);
     in.check_status(status);
     return {reg, shares, magnitudes, dweights, dbias};
@@ -239,6 +263,7 @@ attribution_linear(Tensors embeddings, Tensors weights, Tensor logits, Tensor ta
 } // namespace
 } // namespace mmbal
 
+#ifndef MMBAL_ON_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("attribution_reg(Tensor[] grads, Tensor[] embeddings, Tensor target_shares, Tensor? present=None, "
           "str pool=\"l2\", str penalty=\"l1\", float eps=1e-12) -> (Tensor, Tensor, Tensor)");
@@ -252,7 +277,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
           "Tensor? present=None, Tensor? classes=None, str score=\"odds\", str pool=\"l2\", str penalty=\"l1\", "
           "float eps=1e-12) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+#endif
+STABLE_TORCH_LIBRARY_IMPL(mmbal, MMBAL_DEVICE, m) {
     m.impl("attribution_reg", TORCH_BOX(&mmbal::attribution_reg));
     m.impl("attribution_reg_backward", TORCH_BOX(&mmbal::attribution_reg_backward));
     m.impl("attribution_reg_backward_backward", TORCH_BOX(&mmbal::attribution_reg_backward_backward));

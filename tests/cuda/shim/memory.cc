@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <list>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -34,13 +34,14 @@ struct Region {
     std::vector<Byte> bytes;
 };
 
-std::list<Region> regions;
+std::map<const char *, Region> regions; // by their first byte of guard: a call may have thousands
 Region *shared = nullptr;
 
 Region *find(const char *address) {
-    for (Region &region : regions)
-        if (address >= region.begin - GUARD && address < region.begin + region.size + GUARD) return &region;
-    return nullptr;
+    auto next = regions.upper_bound(address);
+    if (next == regions.begin()) return nullptr;
+    Region &region = (--next)->second;
+    return address < region.begin + region.size + GUARD ? &region : nullptr;
 }
 
 Region *make(size_t bytes, const char *name) {
@@ -52,13 +53,13 @@ Region *make(size_t bytes, const char *name) {
     region.begin = region.memory + GUARD, region.size = bytes, region.name = name;
     memset(region.memory, options.poison, bytes + 2 * GUARD);
     region.bytes.resize(bytes);
-    regions.push_back(region);
-    return &regions.back();
+    return &(regions[region.memory] = region);
 }
 
 void drop(const Region *region) {
-    free(region->memory);
-    regions.remove_if([region](const Region &each) { return &each == region; });
+    char *memory = region->memory;
+    regions.erase(memory);
+    free(memory);
 }
 
 bool happened_before(const Moment &before, const Moment &after) {
@@ -124,8 +125,8 @@ void check_race(const Region &region, const char *address, const Moment &earlier
 void *allocate(size_t bytes, const char *name) { return make(bytes, name)->begin; }
 
 void release(void *data) {
-    for (const Region &region : regions)
-        if (region.begin == data) return drop(&region);
+    const auto found = regions.find(static_cast<const char *>(data) - GUARD);
+    if (data && found != regions.end()) drop(&found->second);
 }
 
 void mark_written(const void *data, size_t bytes) {

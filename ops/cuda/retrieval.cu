@@ -148,7 +148,7 @@ mmbal_status search(const Arguments &a) {
 
 bool search_is_served(int64_t Q, int64_t n, int64_t D, int64_t k) { return Q >= 0 && D >= 1 && k >= 1 && k <= n; }
 
-constexpr int RECALL_THREADS = 256, COUNT_THREADS = 1024;
+constexpr int RECALL_THREADS = 256, COUNT_THREADS = 512;
 
 // Of the first positive among a query's indices, from 0: K where there is none, -1 without positives. A warp takes a
 // query.

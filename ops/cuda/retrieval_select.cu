@@ -44,12 +44,12 @@ public:
         }
     }
 
-    // This thread's keys that hold.
+    // The warp's keys that hold, the same for all of its lanes. A warp has fewer than 2^32.
     template <typename Holds>
     __device__ __forceinline__ Count count(Holds holds) const {
-        Count count = 0;
+        unsigned count = 0;
         for_keys([&](Key<R> key, int64_t) { count += holds(key) ? 1 : 0; });
-        return count;
+        return static_cast<Count>(__reduce_add_sync(ALL_LANES, count));
     }
 
 private:
@@ -60,11 +60,10 @@ private:
     Key<R> held_[IS_HELD ? HELD : 1];
 };
 
-// Shared memory: totals of warps, [2, WARPS] for one use after the other.
+// of_warps [WARPS]: not that of the sum before.
 template <typename Count>
-__device__ __forceinline__ Count sum_of_block(Count value, Count *of_warps) {
-    value = sum_over_lanes<WARP>(value);
-    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
+__device__ __forceinline__ Count sum_of_block(Count of_warp, Count *of_warps) {
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = of_warp;
     __syncthreads();
     Count sum = 0;
 #pragma unroll

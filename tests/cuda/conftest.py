@@ -7,7 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "torch_ext"))  # the oracles
 
-from cases import FAMILIES
+from families import FAMILIES
 
 
 def pytest_collection_modifyitems(items):
@@ -24,7 +24,7 @@ def pytest_terminal_summary(terminalreporter):
             if outcome == "passed" and report.when != "call":
                 continue
             test, _, parameters = report.nodeid.partition("::")[2].partition("[")
-            for family in dict.fromkeys(FAMILIES.values()):
+            for family in FAMILIES:
                 if re.search(rf"(^|-){family}(\]|:)", parameters):
                     cell = table.setdefault(family, {}).setdefault(test, [0, 0])
                     cell[0] += outcome == "passed"

@@ -192,7 +192,7 @@ def main() -> int:
     if stand_in.exists():
         cuda += ["--stand-in", str(stand_in)]
     registrations = [sys.executable, str(HERE / "registrations.py"), *cuda]
-    Part(report, "registrations", registrations, 60, environment).wait(60)
+    Part(report, "registrations", registrations, 120, environment).wait(60)
     info = [sys.executable, "-c", "from mmbal.cli import app; app()", "info"]
     Part(report, "mmbal info", info, 60, environment).wait(60)
     if not gpu:

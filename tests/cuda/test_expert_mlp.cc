@@ -172,11 +172,11 @@ TEST(CudaExpertMlpSteps, OnStoredProductsAreTheWhole) {
     mmbal_expert_gather_cuda(MMBAL_F32, on_device.x.data(), &inputs, s.shape(), &options, 0, rows.data(), nullptr,
                              nullptr);
     mmbal_expert_product_cuda(MMBAL_F32, MMBAL_ROWS_TIMES_TRANSPOSED, rows.data(), on_device.w1.data(),
-                              on_device.offsets.data(), R, s.E, s.D, s.F, hidden.data(), nullptr);
+                              on_device.offsets.data(), R, s.E, s.D, s.F, s.D, hidden.data(), nullptr);
     mmbal_expert_activation_cuda(MMBAL_F32, MMBAL_PRODUCT_STORED, hidden.data(), &inputs, s.shape(), &options, nullptr,
                                  hidden.data(), nullptr);
     mmbal_expert_product_cuda(MMBAL_F32, MMBAL_ROWS_TIMES_TRANSPOSED, hidden.data(), on_device.w2.data(),
-                              on_device.offsets.data(), R, s.E, s.F, s.D, out.data(), nullptr);
+                              on_device.offsets.data(), R, s.E, s.F, s.D, s.F, out.data(), nullptr);
     mmbal_expert_combine_cuda(MMBAL_F32, MMBAL_PRODUCT_STORED, out.data(), &inputs, s.shape(), &options, 0, y.data(),
                               nullptr);
     EXPECT_TRUE(same_bits(y.values(), whole.values()));
@@ -184,6 +184,42 @@ TEST(CudaExpertMlpSteps, OnStoredProductsAreTheWhole) {
     DeviceArray<int32_t> ends("ends", s.E);
     ASSERT_EQ(mmbal_expert_ends_cuda(on_device.offsets.data(), s.E, ends.data(), nullptr), MMBAL_OK);
     for (int64_t e = 0; e < s.E; e++) EXPECT_EQ(ends.values()[e], p.offsets[e + 1]);
+    EXPECT_EQ(joined(cuda_shim::take_reports()), "");
+}
+
+// Rows of whole 16 bytes and others; zeros fill them up.
+TYPED_TEST(CudaExpertMlp, PackedWeightsGiveTheSameBits) {
+    using Stored = typename TypeParam::Stored;
+    for (const auto &[D, F] : {std::pair<int64_t, int64_t>{7, 13}, {16, 24}, {1, 1}, {33, 132}}) {
+        Spec s;
+        s.D = D, s.F = F;
+        const Problem<TypeParam> p(s);
+        DeviceProblem<TypeParam> on_device(p);
+        mmbal_expert_mlp_inputs inputs = on_device.inputs();
+        const mmbal_expert_mlp_options options = s.options();
+        const int64_t bytes = mmbal_expert_mlp_packed_bytes_cuda(TypeParam::dtype, s.shape());
+        ASSERT_EQ(bytes % 16, 0);
+        DeviceArray<Stored> packed("packed", bytes / static_cast<int64_t>(sizeof(Stored)));
+        ASSERT_EQ(mmbal_expert_mlp_pack_cuda(TypeParam::dtype, on_device.w1.data(), on_device.w2.data(), s.shape(),
+                                             packed.data(), nullptr),
+                  MMBAL_OK);
+        const auto values = packed.values();
+        const int64_t pack = 16 / static_cast<int64_t>(sizeof(Stored)), row = (D + pack - 1) / pack * pack;
+        for (int64_t i = 0; i < s.E * F * row; i++) {
+            const bool filling = i % row >= D;
+            const Stored expected = filling ? Stored{} : p.w1[i / row * D + i % row];
+            ASSERT_EQ(std::memcmp(&values[i], &expected, sizeof(Stored)), 0) << i;
+        }
+        DeviceArray<Stored> y("y", s.N * s.D), from_packed("y", s.N * s.D);
+        DeviceBytes workspace("workspace", mmbal_expert_mlp_workspace_cuda(TypeParam::dtype, s.shape()));
+        for (Stored *to : {y.data(), from_packed.data()}) {
+            ASSERT_EQ(mmbal_expert_mlp_cuda(TypeParam::dtype, &inputs, s.shape(), &options, to, nullptr,
+                                            workspace.data(), nullptr),
+                      MMBAL_OK);
+            inputs.packed = packed.data();
+        }
+        EXPECT_TRUE(same_bits(y.values(), from_packed.values()));
+    }
     EXPECT_EQ(joined(cuda_shim::take_reports()), "");
 }
 

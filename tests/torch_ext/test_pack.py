@@ -167,7 +167,7 @@ def test_pack_refuses_what_it_cannot_serve():
         mmbal.pack(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="pack: model must be in evaluation mode"):
         mmbal.pack(mixture().train())
-    with pytest.raises(ValueError, match="pack: the weights must be on the CPU, got meta"):
+    with pytest.raises(ValueError, match="pack: the weights must be on a CPU or a GPU, got meta"):
         mmbal.pack(mixture().to("meta"))
 
 

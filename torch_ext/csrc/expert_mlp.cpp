@@ -26,25 +26,6 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
     return {y, preactivation};
 }
 
-Tensor expert_mlp_pack(Tensor w1, Tensor w2) {
-    const char *op = "expert_mlp_pack";
-    check_shape(op, "w1", w1, "[E, F, D]", {-1, -1, -1});
-    const mmbal_dtype dtype = storage_dtype(op, "w1", w1);
-    const int64_t E = w1.size(0), F = w1.size(1), D = w1.size(2);
-    STD_TORCH_CHECK(E >= 1 && F >= 1 && D >= 1, op, ": w1 must be [E, F, D] with no size 0, got ",
-                    shape_text(w1.sizes()));
-    check_shape(op, "w2", w2, "[E, D, F]", {E, D, F});
-    check_dtype(op, "w2", w2, w1.scalar_type());
-    w1 = in_one_piece(w1), w2 = in_one_piece(w2);
-    const mmbal_expert_mlp_shape shape = {0, D, F, E, 1};
-    Tensor packed = torch::stable::new_empty(w1, {mmbal_expert_mlp_packed_bytes(dtype, shape)}, ScalarType::Byte);
-    TorchPool pool;
-    check(mmbal_expert_mlp_pack(dtype, w1.const_data_ptr(), w2.const_data_ptr(), shape, packed.mutable_data_ptr(),
-                                pool.get()),
-          op);
-    return packed;
-}
-
 // A gradient that is not needed comes back with shape [0].
 SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::optional<Tensor> b2, Tensor weights,
                                Tensor permutation, Tensor offsets, Tensor inverse, Tensor preactivation,

@@ -3,6 +3,9 @@
 
 #include "binding.h"
 #include "mmbal/expert_mlp.h"
+#ifdef MMBAL_ON_CUDA
+#include "mmbal/cuda/expert_mlp.h"
+#endif
 
 namespace mmbal {
 
@@ -74,7 +77,7 @@ struct Call {
         if (!packed) return;
         check_dtype(op, "packed", *packed, ScalarType::Byte);
         check_shape(op, "packed", *packed, "[bytes], as expert_mlp_pack returns it for these weights,",
-                    {mmbal_expert_mlp_packed_bytes(dtype, shape)});
+                    {MMBAL_KERNEL(mmbal_expert_mlp_packed_bytes)(dtype, shape)});
         STD_TORCH_CHECK(packed->is_contiguous(), op, ": packed must be contiguous");
     }
 
@@ -119,5 +122,25 @@ private:
     std::vector<Tensor> tensors_;
     std::vector<void *> data_;
 };
+
+inline Tensor expert_mlp_pack(Tensor w1, Tensor w2) {
+    const char *op = "expert_mlp_pack";
+    const Executor executor(w1);
+    check_shape(op, "w1", w1, "[E, F, D]", {-1, -1, -1});
+    const mmbal_dtype dtype = storage_dtype(op, "w1", w1);
+    const int64_t E = w1.size(0), F = w1.size(1), D = w1.size(2);
+    STD_TORCH_CHECK(E >= 1 && F >= 1 && D >= 1, op, ": w1 must be [E, F, D] with no size 0, got ",
+                    shape_text(w1.sizes()));
+    check_shape(op, "w2", w2, "[E, D, F]", {E, D, F});
+    check_dtype(op, "w2", w2, w1.scalar_type());
+    w1 = in_one_piece(w1), w2 = in_one_piece(w2);
+    const mmbal_expert_mlp_shape shape = {0, D, F, E, 1};
+    Tensor packed =
+        torch::stable::new_empty(w1, {MMBAL_KERNEL(mmbal_expert_mlp_packed_bytes)(dtype, shape)}, ScalarType::Byte);
+    check(MMBAL_KERNEL(mmbal_expert_mlp_pack)(dtype, w1.const_data_ptr(), w2.const_data_ptr(), shape,
+                                              packed.mutable_data_ptr(), executor.get()),
+          op);
+    return packed;
+}
 
 } // namespace mmbal

@@ -133,10 +133,47 @@ def register_gradient(op: str, backward, setup_context) -> None:
     implementations.impl(op, rule, "Autograd")
 
 
-def refuse_double_backward(op: str) -> None:
+# Operators whose rule for autograd has no derivative, and what a caller meets: see the functions below.
+without_derivative: dict[str, str] = {}
+
+
+def refuse_gradient(op: str, why: str = "") -> None:
     """Registers an autograd for ``mmbal::op`` that raises: an unregistered one would warn and give wrong numbers."""
 
     def backward(ctx, *gradients):
-        raise RuntimeError(f"mmbal::{op} has no derivative: double backward is not supported")
+        raise RuntimeError(f"mmbal::{op} has no derivative{why}")
 
-    torch.library.register_autograd(f"mmbal::{op}", backward)
+    def setup_context(ctx, inputs, output):
+        tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+        ctx.mark_non_differentiable(*(t for t in tensors if not t.is_floating_point()))
+
+    torch.library.register_autograd(f"mmbal::{op}", backward, setup_context=setup_context)
+    without_derivative[op] = "raises"
+
+
+def refuse_double_backward(op: str) -> None:
+    """``refuse_gradient`` for an operator that is itself the gradient of another."""
+    refuse_gradient(op, ": double backward is not supported")
+    without_derivative[op] = "once"
+
+
+def give_constants(op: str) -> None:
+    """Autograd rule of an operator that chooses, counts or estimates: its results require no gradient, as those of
+    argmax do not."""
+    implementations.impl(op, torch.library.fallthrough_kernel, "Autograd")
+    without_derivative[op] = "constant"
+
+
+def refuse_differentiated(op: str) -> None:
+    """Autograd rule of an operator that changes its first argument in place: that must not be part of a graph."""
+    overload = getattr(ops, op).default
+    name = overload._schema.arguments[0].name
+
+    def rule(keys, changed, *rest):
+        tensors = [changed] if isinstance(changed, torch.Tensor) else changed
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(f"{op}: {name} must not require grad, for it is changed in place; detach it first")
+        overload.redispatch(keys & torch._C._after_autograd_keyset, changed, *rest)
+
+    implementations.impl(op, rule, "Autograd", with_keyset=True)
+    without_derivative[op] = "in place"

@@ -6,7 +6,7 @@ Letters: B samples, M modalities, C classes.
 import torch
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import autocast_to_float32, check_devices, ops, refuse_double_backward
+from mmbal._library import autocast_to_float32, check_devices, ops, refuse_double_backward, refuse_gradient
 from mmbal.routing import real_dtype
 
 
@@ -116,6 +116,6 @@ def _backward_backward(ctx, ddgrads, ddembeddings):
 register_autograd("mmbal::attribution_reg", _backward, setup_context=_save)
 register_autograd("mmbal::attribution_reg_backward", _backward_backward, setup_context=_save_backward)
 refuse_double_backward("attribution_reg_backward_backward")
-refuse_double_backward("attribution_linear")  # what it returns are the head's gradients
+refuse_gradient("attribution_linear")  # what it returns are the head's gradients
 for _op in ("attribution_reg", "attribution_linear"):
     autocast_to_float32(_op)

@@ -3,7 +3,14 @@
 import torch
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import autocast_to_float32, check_devices, implementations, ops, refuse_double_backward
+from mmbal._library import (
+    autocast_to_float32,
+    check_devices,
+    implementations,
+    ops,
+    refuse_differentiated,
+    refuse_double_backward,
+)
 from mmbal.divergence import gradient_or_nothing, wanted
 from mmbal.routing import real_dtype
 
@@ -76,3 +83,6 @@ autocast_to_float32("btw_weights")
 refuse_double_backward("btw_weights_backward")
 refuse_double_backward("scale_modalities_dweights")
 implementations.impl("ema_rows_", _ema_rows_told, "ADInplaceOrView", with_keyset=True)
+
+
+refuse_differentiated("ema_rows_")

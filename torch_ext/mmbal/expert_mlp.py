@@ -7,7 +7,7 @@ import torch
 from torch.library import register_autograd, register_fake
 
 from mmbal import _core
-from mmbal._library import AUTOCAST_KEYS, check_devices, implementations, ops, refuse_double_backward
+from mmbal._library import AUTOCAST_KEYS, check_devices, give_constants, implementations, ops, refuse_double_backward
 
 
 def _expert_mlp(
@@ -94,6 +94,10 @@ def _(x_ND, w1_EFD, b1_EF, w2_EDF, b2_ED, weights_NK, permutation_R, offsets_E1,
 def _(w1_EFD, w2_EDF):
     check_devices("expert_mlp_pack", w1=w1_EFD, w2=w2_EDF)
     E, F, D = (int(size) for size in w1_EFD.shape)
+    if w1_EFD.device.type == "cuda":  # mmbal/cuda/expert_mlp.h
+        pack = 16 // w1_EFD.element_size()
+        elements = E * (F * -(-D // pack) + D * -(-F // pack)) * pack
+        return w1_EFD.new_empty(elements * w1_EFD.element_size(), dtype=torch.uint8)
     name = str(w1_EFD.dtype).removeprefix("torch.")
     return w1_EFD.new_empty(_core.expert_mlp_packed_bytes(name, D, F, E), dtype=torch.uint8)
 
@@ -133,3 +137,6 @@ def _backward(ctx, dy_ND, _):
 
 register_autograd("mmbal::expert_mlp_forward", _backward, setup_context=_save)
 refuse_double_backward("expert_mlp_backward")
+
+
+give_constants("expert_mlp_pack")

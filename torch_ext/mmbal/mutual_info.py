@@ -2,9 +2,9 @@
 their gradient is 0 wherever it exists: their results require none, as those of argmax do not."""
 
 import torch
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake
 
-from mmbal._library import check_devices
+from mmbal._library import check_devices, give_constants
 
 
 @register_fake("mmbal::ksg_mutual_info")
@@ -19,12 +19,5 @@ def _(a_MN, b_N, present_NM=None, num_classes=-1):
     return a_MN.new_empty(a_MN.shape[0], dtype=torch.float64)
 
 
-def _save(ctx, inputs, output):
-    ctx.mark_non_differentiable(output)
-
-
-def _backward(ctx, dmi):
-    return (None,) * len(ctx.needs_input_grad)
-
-
-register_autograd("mmbal::ksg_mutual_info", _backward, setup_context=_save)
+for _name in ("ksg_mutual_info", "discrete_mutual_info"):
+    give_constants(_name)

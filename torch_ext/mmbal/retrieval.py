@@ -4,9 +4,17 @@ Letters: Q queries, n rows of the bank, D width, K found of a query, P positives
 """
 
 import torch
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake
 
-from mmbal._library import check, check_devices, check_shape, check_storage_dtype, dtype_text
+from mmbal._library import (
+    check,
+    check_devices,
+    check_shape,
+    check_storage_dtype,
+    dtype_text,
+    give_constants,
+    refuse_gradient,
+)
 from mmbal.routing import real_dtype
 
 
@@ -35,14 +43,5 @@ def _(indices_QK, positives_P, offsets_Q1, ks):
     return indices_QK.new_empty(len(ks), dtype=torch.float64)
 
 
-def _refuse(ctx, *gradients):
-    raise RuntimeError(
-        "mmbal::topk_search has no derivative; take the scores again: (query[:, None] * bank[indices]).sum(-1)"
-    )
-
-
-def _save(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-
-
-register_autograd("mmbal::topk_search", _refuse, setup_context=_save)
+refuse_gradient("topk_search", "; take the scores again: (query[:, None] * bank[indices]).sum(-1)")
+give_constants("recall_at_k")

@@ -3,7 +3,7 @@
 import torch
 from torch.library import register_autograd, register_fake
 
-from mmbal._library import autocast_to_real, check_devices, ops, refuse_double_backward
+from mmbal._library import autocast_to_real, check_devices, give_constants, ops, refuse_double_backward
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,3 +49,6 @@ def _backward(ctx, dweights_NK, _):
 register_autograd("mmbal::moe_topk", _backward, setup_context=_save)
 autocast_to_real("moe_topk")
 refuse_double_backward("moe_topk_backward")
+
+
+give_constants("moe_dispatch")

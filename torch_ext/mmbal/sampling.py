@@ -3,7 +3,7 @@
 import torch
 from torch.library import register_fake
 
-from mmbal._library import check_devices
+from mmbal._library import check_devices, give_constants
 
 
 @register_fake("mmbal::weighted_sample")
@@ -22,3 +22,7 @@ def _(w_SN, kappa_S, lam):
 def _(energy_U, segments, rho_M, seed, step, sampler="bottomk", lam=0.5, unbiased=False):
     check_devices("mask_units", energy=energy_U, rho=rho_M)
     return energy_U.new_empty(energy_U.shape), energy_U.new_empty(energy_U.shape)
+
+
+for _name in ("weighted_sample", "waterfill", "mask_units"):
+    give_constants(_name)

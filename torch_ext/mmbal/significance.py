@@ -3,7 +3,7 @@
 import torch
 from torch.library import register_fake
 
-from mmbal._library import check_devices
+from mmbal._library import check_devices, give_constants
 
 
 @register_fake("mmbal::modal_stats")
@@ -38,3 +38,7 @@ def _(
 @register_fake("mmbal::ratio_of_rates")
 def _(rate_M, tau, lo=0.1, hi=0.9, bias=0.0):
     return rate_M.new_empty(rate_M.shape)
+
+
+for _name in ("modal_stats", "update_ratio", "ratio_of_rates"):
+    give_constants(_name)

@@ -9,7 +9,7 @@ these operators has a gradient: they are for ``.grad``, not for the graph.
 import torch
 from torch.library import register_fake
 
-from mmbal._library import check_devices, implementations, ops
+from mmbal._library import check_devices, give_constants, implementations, ops, refuse_differentiated
 
 SPEC = 9  # numbers for each tensor
 
@@ -71,4 +71,9 @@ for _op in (ops.scale_units_foreach_, ops.mask_elements_foreach_):
     def _rule(keys, grads, *rest, _op=_op):
         in_place(_op, grads, *rest)
 
-    implementations.impl(_op._qualified_op_name.removeprefix("mmbal::"), _rule, "ADInplaceOrView", with_keyset=True)
+    _name = _op._qualified_op_name.removeprefix("mmbal::")
+    implementations.impl(_name, _rule, "ADInplaceOrView", with_keyset=True)
+    refuse_differentiated(_name)
+
+
+give_constants("unit_energy_foreach")

@@ -17,7 +17,7 @@ extern "C" {
 int64_t mmbal_expert_mlp_workspace_cuda(mmbal_dtype dtype, mmbal_expert_mlp_shape shape);
 int64_t mmbal_expert_mlp_backward_workspace_cuda(mmbal_dtype dtype, mmbal_expert_mlp_shape shape);
 
-/* inputs->packed must be NULL. */
+/* inputs->packed is what mmbal_expert_mlp_pack_cuda made, aligned to 16, or NULL. */
 mmbal_status mmbal_expert_mlp_cuda(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *inputs,
                                    mmbal_expert_mlp_shape shape, const mmbal_expert_mlp_options *options,
                                    void *y,             /* [N, D] out */
@@ -31,6 +31,15 @@ mmbal_status mmbal_expert_mlp_backward_cuda(mmbal_dtype dtype, const void *dy, /
                                             const mmbal_expert_mlp_gradients *gradients, void *workspace,
                                             mmbal_stream stream);
 
+/* Bytes of the packed weights; N and K of the shape do not matter. */
+int64_t mmbal_expert_mlp_packed_bytes_cuda(mmbal_dtype dtype, mmbal_expert_mlp_shape shape);
+
+/* The rows of w1 [E, F] and then those of w2 [E, D], each of whole 16 bytes and filled up with zeros, so that all are
+ * read 16 bytes at a time: a gain where D or F elements are not whole 16 bytes. The forward gives the same bits. */
+mmbal_status mmbal_expert_mlp_pack_cuda(mmbal_dtype dtype, const void *w1, /* [E, F, D] */
+                                        const void *w2,                    /* [E, D, F] */
+                                        mmbal_expert_mlp_shape shape, void *packed, mmbal_stream stream);
+
 /* The products of row r of expert e, sums in real in ascending order; of 16-bit elements 16 at a time, in the tensor
  * cores' own order: */
 typedef enum mmbal_expert_product {
@@ -39,10 +48,12 @@ typedef enum mmbal_expert_product {
     MMBAL_ROWS_TRANSPOSED_TIMES_ROWS /* out[e] = sum_r w[r,:] a[r,:]^T  a [R, in]  w [R, out]  out [E, out, in] */
 } mmbal_expert_product;
 
-/* out is real for rows, in the storage dtype for [E, out, in], where an expert without rows gets zeros. */
+/* The rows of w, of its matrices, begin w_stride elements apart; a row has `in` of them for TIMES_TRANSPOSED, `out`
+ * for the others, and w_stride is as many for TRANSPOSED_TIMES_ROWS. out is real for rows, in the storage dtype for [E,
+ * out, in], where an expert without rows gets zeros. */
 mmbal_status mmbal_expert_product_cuda(mmbal_dtype dtype, mmbal_expert_product product, const void *a, const void *w,
                                        const int64_t *offsets, /* [E + 1] */
-                                       int64_t R, int64_t E, int64_t in, int64_t out_size, void *out,
+                                       int64_t R, int64_t E, int64_t in, int64_t out_size, int64_t w_stride, void *out,
                                        mmbal_stream stream);
 
 /* Whether what a product of rows returned is real (ours) or in the storage dtype. */

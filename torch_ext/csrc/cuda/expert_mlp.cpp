@@ -2,8 +2,6 @@
 // Neither needs the offsets on the host.
 #include "../expert_mlp.h"
 
-#include "mmbal/cuda/expert_mlp.h"
-
 namespace mmbal {
 namespace {
 
@@ -122,9 +120,9 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(Tensor x, Tensor w1, std::optional
                                               double output_dropout, int64_t seed, int64_t offset,
                                               bool keep_preactivation, std::optional<Tensor> packed) {
     const Executor executor(x);
-    Call call{"expert_mlp", x, w1, w2, weights, permutation, offsets, inverse, b1, b2, std::nullopt};
+    Call call{"expert_mlp", x, w1, w2, weights, permutation, offsets, inverse, b1, b2, packed};
     call.check_shapes();
-    STD_TORCH_CHECK(!packed, call.op, ": packed weights serve the CPU; packed must be None here");
+    call.check_packed();
     call.check_options(activation, dropout, output_dropout, seed, offset);
     call.make_contiguous();
     const auto [N, D, F, E, K] = call.shape;
@@ -172,5 +170,6 @@ SixTensors expert_mlp_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, std::o
 
 STABLE_TORCH_LIBRARY_IMPL(mmbal, CUDA, m) {
     m.impl("expert_mlp_forward", TORCH_BOX(&mmbal::expert_mlp_forward));
+    m.impl("expert_mlp_pack", TORCH_BOX(&mmbal::expert_mlp_pack));
     m.impl("expert_mlp_backward", TORCH_BOX(&mmbal::expert_mlp_backward));
 }

@@ -3,41 +3,13 @@
 #include <algorithm>
 #include <array>
 
-#include "helpers.h"
+#include "alignment_case.h"
 
 namespace {
 
 using namespace mmbal_test;
 
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
-
-// A call with its data; the embeddings as [A, C], pred and target as [B, D].
-template <typename T>
-struct Case {
-    int64_t B, D, A, C, offset = 0;
-    std::vector<typename T::Stored> pred, target, source, candidates;
-    std::vector<int64_t> groups;
-    std::vector<uint8_t> present;
-    mmbal_regression regression = MMBAL_REGRESSION_SMOOTH_L1;
-    double tau = 0.1, alpha = 0.3, beta = 0.7;
-    int symmetric = 1;
-
-    Case(Random &random, int64_t rows, int64_t width, int64_t all, int64_t embedding, int64_t first = 0)
-        : B(rows), D(width), A(all), C(embedding), offset(first), pred(random.tensor<T>(B * D, 2)),
-          target(random.tensor<T>(B * D, 2)), source(random.tensor<T>(A * C, 1)),
-          candidates(random.tensor<T>(A * C, 1)) {}
-
-    mmbal_alignment alignment() const {
-        mmbal_alignment t{};
-        t.pred = pred.data(), t.target = target.data();
-        t.source_embedding = source.data(), t.target_embedding = candidates.data();
-        t.groups = groups.empty() ? nullptr : groups.data();
-        t.present = present.empty() ? nullptr : present.data();
-        t.B = B, t.D = D, t.A = A, t.C = C, t.offset = offset, t.dtype = T::dtype;
-        t.regression = regression, t.tau = tau, t.alpha = alpha, t.beta = beta, t.symmetric = symmetric;
-        return t;
-    }
-};
 
 template <typename T>
 struct Aligned {
@@ -47,7 +19,7 @@ struct Aligned {
 };
 
 template <typename T>
-Aligned<T> align(const Case<T> &of, const mmbal_pool &pool = mmbal_pool_serial()) {
+Aligned<T> align(const AlignmentCase<T> &of, const mmbal_pool &pool = mmbal_pool_serial()) {
     using Real = typename T::Real;
     const mmbal_alignment t = of.alignment();
     Guarded<Real> loss(1), regression(1), contrastive(1), normalizers(2 * std::max<int64_t>(of.B, 0));
@@ -68,7 +40,7 @@ template <typename T>
 using Gradients = std::array<std::vector<typename T::Stored>, 4>;
 
 template <typename T>
-Gradients<T> gradients(const Case<T> &of, const std::vector<typename T::Real> &normalizers,
+Gradients<T> gradients(const AlignmentCase<T> &of, const std::vector<typename T::Real> &normalizers,
                        const std::array<double, 3> &upstream, const mmbal_pool &pool = mmbal_pool_serial(),
                        const std::array<bool, 4> &needed = {true, true, true, true}) {
     using Real = typename T::Real;
@@ -131,7 +103,7 @@ struct Units {
 };
 
 template <typename T>
-Plain plain(const Case<T> &of, const std::array<double, 3> &upstream) {
+Plain plain(const AlignmentCase<T> &of, const std::array<double, 3> &upstream) {
     const int64_t B = of.B, D = of.D, A = of.A, C = of.C;
     const auto is_present = [&](int64_t a) { return of.present.empty() || of.present[a]; };
     int64_t P = 0;
@@ -202,7 +174,7 @@ Plain plain(const Case<T> &of, const std::array<double, 3> &upstream) {
 }
 
 template <typename T>
-void expect_plain(const Case<T> &of) {
+void expect_plain(const AlignmentCase<T> &of) {
     const std::array<double, 3> upstream = {0.7, -0.4, 1.3};
     const Plain expected = plain(of, upstream);
     const Aligned<T> got = align(of);
@@ -233,8 +205,8 @@ TYPED_TEST(Align, EqualsThePlainFormulas) {
     Random random(1);
     for (int round = 0; round < 30; round++) {
         const int64_t B = random.pick<int64_t>({1, 2, 5, 40}), more = random.pick<int64_t>({0, 0, 3, 50});
-        Case<TypeParam> of(random, B, random.pick<int64_t>({1, 4, 37}), B + more, random.pick<int64_t>({1, 3, 33}),
-                           random.below(more + 1));
+        AlignmentCase<TypeParam> of(random, B, random.pick<int64_t>({1, 4, 37}), B + more,
+                                    random.pick<int64_t>({1, 3, 33}), random.below(more + 1));
         of.regression = static_cast<mmbal_regression>(random.below(4)),
         of.symmetric = static_cast<int>(random.below(2));
         for (int64_t a = 0; a < of.A && round % 3 == 1; a++) of.groups.push_back(random.below(of.A / 2 + 1));
@@ -245,7 +217,7 @@ TYPED_TEST(Align, EqualsThePlainFormulas) {
 
 TYPED_TEST(Align, EqualsThePlainFormulasOverSeveralBlocks) {
     Random random(2);
-    Case<TypeParam> of(random, 290, 3, 600, 5, 150);
+    AlignmentCase<TypeParam> of(random, 290, 3, 600, 5, 150);
     for (int64_t a = 0; a < of.A; a++) of.groups.push_back(random.below(200)), of.present.push_back(a % 7 != 3);
     expect_plain(of);
     of.symmetric = 0;
@@ -254,7 +226,7 @@ TYPED_TEST(Align, EqualsThePlainFormulasOverSeveralBlocks) {
 
 TYPED_TEST(Align, IsBitwiseTheSameInEveryPool) {
     Random random(3);
-    Case<TypeParam> of(random, 530, 20, 900, 70, 200);
+    AlignmentCase<TypeParam> of(random, 530, 20, 900, 70, 200);
     for (int64_t a = 0; a < of.A; a++) of.groups.push_back(a / 2), of.present.push_back(a % 5 != 0);
     const Aligned<TypeParam> expected = align(of);
     const Gradients<TypeParam> d = gradients(of, expected.normalizers, {1, 2, 3});
@@ -269,7 +241,7 @@ TYPED_TEST(Align, IsBitwiseTheSameInEveryPool) {
 
 TYPED_TEST(Align, AGradientIsTheSameWhicheverOthersAreAskedFor) {
     Random random(4);
-    const Case<TypeParam> of(random, 30, 4, 30, 9);
+    const AlignmentCase<TypeParam> of(random, 30, 4, 30, 9);
     const Aligned<TypeParam> forward = align(of);
     const Gradients<TypeParam> all = gradients(of, forward.normalizers, {1, 0, 0});
     for (size_t i = 0; i < 4; i++) {
@@ -282,7 +254,7 @@ TYPED_TEST(Align, AGradientIsTheSameWhicheverOthersAreAskedFor) {
 
 TYPED_TEST(Align, AbsentRowsAreNotReadAndHaveNoGradient) {
     Random random(5);
-    Case<TypeParam> of(random, 8, 3, 8, 4), spoiled = of;
+    AlignmentCase<TypeParam> of(random, 8, 3, 8, 4), spoiled = of;
     of.present = spoiled.present = {1, 0, 1, 1, 0, 1, 1, 1};
     for (int64_t b : {1, 4}) {
         std::fill_n(spoiled.pred.begin() + b * 3, 3, TypeParam::store(NOT_A_NUMBER));
@@ -305,7 +277,7 @@ TYPED_TEST(Align, AbsentRowsAreNotReadAndHaveNoGradient) {
 TYPED_TEST(Align, OneCandidateHasNothingToContrast) {
     Random random(6);
     for (int64_t B : {0, 1}) {
-        const Case<TypeParam> of(random, B, 3, 1, 4);
+        const AlignmentCase<TypeParam> of(random, B, 3, 1, 4);
         const Aligned<TypeParam> got = align(of);
         ASSERT_EQ(got.status, MMBAL_OK);
         EXPECT_EQ(got.losses[2], 0);
@@ -319,7 +291,7 @@ TYPED_TEST(Align, OneCandidateHasNothingToContrast) {
 TEST(AlignNumbers, TinyVectorsAndTemperaturesStayFinite) {
     Random random(7);
     for (double tau : {1e-30, 1e-3, 1e30}) {
-        Case<F32> of(random, 6, 2, 6, 3);
+        AlignmentCase<F32> of(random, 6, 2, 6, 3);
         of.tau = tau;
         std::fill_n(of.source.begin(), 3, 0.0f), std::fill_n(of.candidates.begin() + 3, 3, 1e-30f);
         const Aligned<F32> got = align(of);
@@ -333,7 +305,7 @@ TEST(AlignNumbers, TinyVectorsAndTemperaturesStayFinite) {
 
 TEST(AlignArguments, WrongOnesAreRefusedBeforeAnythingIsWritten) {
     Random random(8);
-    const Case<F64> good(random, 4, 3, 6, 2, 1);
+    const AlignmentCase<F64> good(random, 4, 3, 6, 2, 1);
     const auto refused = [&](const std::function<void(mmbal_alignment &)> &spoil, mmbal_status expected) {
         mmbal_alignment t = good.alignment();
         spoil(t);

@@ -100,6 +100,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, SHIM_SITE) {
 }
 inline int __any_sync(unsigned mask, int predicate, SHIM_SITE) { return __ballot_sync(mask, predicate, site) != 0; }
 inline int __all_sync(unsigned mask, int predicate, SHIM_SITE) { return __ballot_sync(mask, !predicate, site) == 0; }
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, SHIM_SITE) {
+    const cuda_shim::Gathered lanes = cuda_shim::gather(mask, value, site);
+    unsigned result = 0;
+    for (int i = 0; i < 32; i++) result += lanes.present >> i & 1 ? static_cast<unsigned>(lanes.values[i]) : 0;
+    return result;
+}
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value, SHIM_SITE) {
     const cuda_shim::Gathered lanes = cuda_shim::gather(mask, cuda_shim::bits_of(value), site);

@@ -341,6 +341,7 @@ def mutual_information(N, M, C, few=8192):
     small(
         f"discrete_mutual_info {M} x {N} of {C}",
         {"mmbal": lambda: ops.discrete_mutual_info(a, b, None, C), "torch": lambda: torch_discrete(a, b, C)},
+    )
 
 
 def torch_attributions(grads, embeddings, asked):

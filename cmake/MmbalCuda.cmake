@@ -24,7 +24,7 @@ set_target_properties(mmbal_cuda PROPERTIES
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " cuda_architectures)
 target_compile_definitions(mmbal_cuda PRIVATE MMBAL_CUDA_ARCHITECTURES="${cuda_architectures}")
 target_include_directories(mmbal_cuda PRIVATE ${PROJECT_SOURCE_DIR}/include)
-target_link_libraries(mmbal_cuda PRIVATE mmbal_flags)
+target_link_libraries(mmbal_cuda PRIVATE mmbal_core mmbal_flags) # the core: checks, and names of activations
 message(STATUS "mmbal: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${cuda_architectures}")
 
 if(MMBAL_TORCH)
@@ -43,7 +43,7 @@ if(MMBAL_TORCH)
   target_include_directories(mmbal_cuda SYSTEM PRIVATE ${torch_root}/include)
   target_include_directories(mmbal_cuda PRIVATE ${PROJECT_SOURCE_DIR}/torch_ext/csrc)
   target_compile_options(mmbal_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${torch_root}/include/=>)
-  target_link_libraries(mmbal_cuda PRIVATE mmbal_core ${torch_cpu_library}) # the core: names of activations
+  target_link_libraries(mmbal_cuda PRIVATE ${torch_cpu_library})
   find_library(torch_cuda_library torch_cuda PATHS ${torch_root}/lib NO_DEFAULT_PATH NO_CACHE)
   if(NOT torch_cuda_library)
     add_library(mmbal_torch_cuda_stand_in SHARED ${PROJECT_SOURCE_DIR}/cmake/torch_cuda_stand_in.c)

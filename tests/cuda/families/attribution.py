@@ -17,7 +17,7 @@ def regulariser(N, dtype, sizes=((7,), (3, 5), (24,)), pool="l2", penalty="l1", 
     random, M = Random(11), len(sizes)
     lists = [random.normal(N, *size, dtype=dtype) for _ in range(2) for size in sizes]
     return Case(
-        f"attribution_reg {N} of {sizes[0]}, {pool}, {penalty}, {dtype}{', masked' if masked else ''}",
+        f"attribution_reg {N} of {M} {sizes[0]}, {pool}, {penalty}, {dtype}{', masked' if masked else ''}",
         lambda *lists, target, present: ops.attribution_reg(
             list(lists[:M]), list(lists[M:]), target, present, pool, penalty, 1e-12
         ),
@@ -43,7 +43,7 @@ def linear_head(N, dtype, sizes=(16, 5), C=7, score="odds", joined=False, masked
 
     classes = random.choices(N, C, 1)[:, 0] if labels else None
     return Case(
-        f"attribution_linear {N} of {sizes}, {C} classes, {score}, {dtype}"
+        f"attribution_linear {N} of {M} {sizes[0]}, {C} classes, {score}, {dtype}"
         + "".join(f", {what}" for what, holds in (("joined", joined), ("masked", masked), ("labels", labels)) if holds),
         call,
         [logits, dreg, *embeddings, *weights],
@@ -59,7 +59,7 @@ def cases(dtype):
         regulariser(4, dtype, tuple((1 + m % 5,) for m in range(256)), penalty="squared"),
         regulariser(70_000, dtype, ((2,), (3,)), penalty="huber"),
         linear_head(130, dtype, (256, 129), C=300, labels=True),
-        linear_head(700, dtype, (512, 512), C=1000, joined=True),
+        linear_head(400, dtype, (512, 256), C=700, joined=True),
         linear_head(20, dtype, (3,) * 70, C=1),
         linear_head(40, dtype, (30, 20), C=2, score="logit", joined=True, labels=True),
     ]

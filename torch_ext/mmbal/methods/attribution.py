@@ -59,7 +59,7 @@ class AttributionRegularizer:
 
     The definition is that of the paper's first version (of M modalities, M terms) as a review restates it; the later
     ones may differ. Where it leaves something open the choice is marked (ours).
-    Letters: B samples, M modalities, C classes, D features, T tokens. CPU tensors.
+    Letters: B samples, M modalities, C classes, D features, T tokens. Tensors on the CPU or on a CUDA device.
 
     Parameters
     ----------
@@ -126,6 +126,10 @@ class AttributionRegularizer:
       gradient grows as the head's weights shrink, for shares do not depend on their scale.
     - DDP: each rank's value is of its own batch, as its loss; add it to the loss and call backward once. Sharded
       parameters (FSDP) are refused.
+    - On a CUDA device a call waits for the device where it compares logits with the head's (the mistakes below) and
+      where it copies ``shares`` [B, M] or a ``baseline`` that lie on the host, nowhere else; so it does in
+      ``info.skipped`` and ``info.mean()``. Labels and shares that lie on the device are not looked at beforehand:
+      wrong ones end a kernel, and with it the process' work on that device.
     - Not inside torch.compile; a compiled ``head`` runs uncompiled. Checkpointing with use_reentrant=False only. Fused
       attention has no second derivative: with ``head`` it is replaced by torch's plain formula.
     - Mistakes are looked for: parameters that the embeddings depend on, and derivatives that are missing, in the first
@@ -246,7 +250,11 @@ class AttributionRegularizer:
         if logits is not None and logits.dim() == 1:
             logits = logits.unsqueeze(1)
         with routes.as_usual(each[0].device.type):
-            q = self._shares if shares is None else inputs.shares(shares, self.modalities)
+            device = each[0].device
+            if shares is None:
+                q = self._shares = inputs.on_device(self._shares, device)
+            else:
+                q = inputs.on_device(inputs.shares(shares, self.modalities), device)
             q = inputs.shares_of_call(q, len(each[0]), self.level)
             present = inputs.present(present, each)
             new = bool(parameters) and tuple(map(id, parameters)) != self._examined

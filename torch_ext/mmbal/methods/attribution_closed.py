@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmbal._library import ops
 from mmbal.methods import attribution_values as values
+from mmbal.methods import rows
 
 
 def linear_parts(head) -> list[nn.Linear]:
@@ -44,12 +45,13 @@ def regularizer(
         dreg_B = q.new_full((B,), 1 / max(B, 1), dtype=real) if counted is None else counted.to(real) / max(B, 1)
         return (dreg_B, *ops.attribution_linear(e, weights, logits, q, dreg_B, there, classes, *options))
 
+    looks = present is None and rows.at_hand(e[0])
     with torch.no_grad():
-        if present is None:
+        if looks:
             dreg_B, reg_B, shares, magnitudes, dweights, dbias = call(None, None)
             info = shares, magnitudes, torch.ones(B, dtype=torch.bool, device=shares.device)
         # Where every attribution is above 0 nothing is missing, which need not be looked for then.
-        if present is not None or not bool((magnitudes > 0).all()):
+        if not looks or not bool((magnitudes > 0).all()):
             asked = values.ask(q, present, e, [None] * len(e))
             dreg_B, reg_B, shares, magnitudes, dweights, dbias = call(asked.counted, asked.present)
             info = asked.info(shares, magnitudes)

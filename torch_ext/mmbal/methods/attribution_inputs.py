@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mmbal.methods import rows
 from mmbal.methods.rows import in_order
 
 WHAT = "AttributionRegularizer"
@@ -52,15 +53,24 @@ def sizes_differ(each: list[Tensor]) -> bool:
 
 
 def shares(given: Shares, modalities: list[str]) -> Tensor:
-    """[M] or [B, M] in float64."""
+    """[M] or [B, M] in float64. Those on a GPU are not looked at: wrong ones end a launch."""
     if isinstance(given, Mapping):
         given = in_order(WHAT, "shares", given, modalities)
     q, M = torch.as_tensor(given, dtype=torch.float64).detach(), len(modalities)
     if q.dim() not in (1, 2) or q.shape[-1] != M:
         raise ValueError(f"{WHAT}: shares must be [M] or [B, M], M = {M}, got {list(q.shape)}")
+    if not rows.at_hand(q):
+        return q
     if not bool(((q >= 0) & (q < math.inf)).all()) or not bool((q.sum(-1) > 0).all()):
         raise ValueError(f"{WHAT}: shares must be finite, not negative, with a sum above 0, got {given}")
     return q
+
+
+def on_device(q: Tensor, device: torch.device) -> Tensor:
+    """Shares [M] as arguments of kernels: a copy from the host would be waited for."""
+    if device.type == "cpu" or not rows.at_hand(q) or q.dim() != 1:
+        return q.to(device)
+    return torch.stack([torch.full((), share, dtype=q.dtype, device=device) for share in q.tolist()])
 
 
 def shares_of_call(q: Tensor, B: int, level: str) -> Tensor:

@@ -23,6 +23,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from mmbal.methods import rows
+
 Run = Callable[[Sequence[Tensor]], Tensor]
 Gradients = list[Tensor | None]
 
@@ -51,7 +53,8 @@ def decided(logits: Tensor, target: Tensor | None = None) -> Tensor:
             f"AttributionRegularizer: target must be int64 {list(predicted.shape)}, "
             f"got {target.dtype} {list(target.shape)}"
         )
-    if target.numel() and int(target.max()) >= logits.shape[-1]:
+    # On a GPU a wrong label ends the launch that it is an index of.
+    if target.numel() and rows.at_hand(target) and int(target.max()) >= logits.shape[-1]:
         raise ValueError(
             f"AttributionRegularizer: target must be below C = {logits.shape[-1]}, got {int(target.max())}"
         )
@@ -297,11 +300,17 @@ def _for_parameters(outputs: Sequence[Tensor], parameters, upstream=None, keep: 
 
 def double(g: Sequence[Tensor], v: Sequence[Tensor], parameters, keep: bool) -> Gradients:
     """Backward through the graph of g. Its numbers may be 16-bit ones, so v goes through it at a scale of 1."""
-    scale = max(float(x.abs().max()) for x in v)
-    scale = scale if 0 < scale < float("inf") and any(y.element_size() < 4 for y in g) else 1.0
+    scale = None
+    if any(y.element_size() < 4 for y in g):
+        largest = torch.stack([x.abs().max() for x in v]).max()
+        scale = torch.where((largest > 0) & (largest < float("inf")), largest, 1.0)
     try:
-        found = _for_parameters(g, parameters, [(x / scale).to(y.dtype) for x, y in zip(v, g, strict=True)], keep)
-        return found if scale == 1 else [None if x is None else x * scale for x in found]
+        upstream = [(x if scale is None else x / scale).to(y.dtype) for x, y in zip(v, g, strict=True)]
+        found = _for_parameters(g, parameters, upstream, keep)
+        if scale is None:
+            return found
+        # In the scale's own dtype: as an operand of a 16-bit product it would be rounded.
+        return [None if x is None else (x.to(scale.dtype) * scale).to(x.dtype) for x in found]
     except RuntimeError as error:
         raise RuntimeError(f"AttributionRegularizer: {NO_SECOND} ({error})") from error
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmbal._library import ops
+from mmbal.methods import rows
 
 PENALTIES = {
     "l1": torch.abs,
@@ -53,8 +54,8 @@ def ask(q: Tensor, present: Tensor | None, each: Sequence[Tensor], masks: Sequen
         there = there & present
     q = q.to(there.device)
     counted = (there.sum(1) >= 2) & ((q * there).sum(1) > 0)
-    given = None if bool(there.all()) else there | ~counted.unsqueeze(1)
-    return Asked(q, there, counted, given)
+    all_there = rows.at_hand(there) and bool(there.all())
+    return Asked(q, there, counted, None if all_there else there | ~counted.unsqueeze(1))
 
 
 def midpoints(each: Sequence[Tensor], baselines: Sequence[Tensor] | None, steps: int) -> list[list[Tensor]]:
@@ -89,9 +90,10 @@ def _of_means(magnitudes: Tensor, asked: Asked, penalty: str) -> Tensor:
     live = weight.sum(0) > 0
     a = (magnitudes * weight).sum(0) / weight.sum(0).clamp_min(1)
     q = asked.q.to(a) * live
-    if int(live.sum()) < 2 or not bool(a.sum() > 0) or not bool(q.sum() > 0):
-        return 0 * a.sum()
-    return PENALTIES[penalty](a / a.sum() - q / q.sum()).sum()
+    total, asked_for = a.sum(), q.sum()
+    counts = (live.sum() >= 2) & (total > 0) & (asked_for > 0)
+    p, q = a / torch.where(counts, total, 1.0), q / torch.where(counts, asked_for, 1.0)
+    return torch.where(counts, PENALTIES[penalty](p - q).sum(), 0 * total)
 
 
 def regularizer(

@@ -14,6 +14,11 @@ def choose(what: str, name: str, value, among: Sequence) -> None:
         raise ValueError(f"{what}: {name} must be one of {', '.join(map(str, among))}, got {value!r}")
 
 
+def at_hand(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at without a wait for a device."""
+    return tensor.device.type == "cpu"
+
+
 def in_order(what: str, name: str, given: Mapping[str, Tensor] | Sequence[Tensor], modalities: list[str]) -> list:
     """The tensors of all modalities in order: by name from a mapping, as they come from a sequence."""
     if isinstance(given, Mapping):

@@ -61,6 +61,8 @@ Plan plan_of(int64_t Q, int64_t n, int64_t k) {
     const int64_t segment = smaller(p.sizes.segment, n);
     const int64_t few = smaller(KEPT_BYTES / (entry * (p.kept + p.kept_again)), SCORES_BYTES / (bytes * segment));
     p.queries = smaller(Q, larger(smaller(few, QUERIES_AT_ONCE), int64_t{1}));
+    constexpr int64_t TILE = Registers<R>::TILE;
+    if (p.queries < Q && p.queries > TILE) p.queries -= p.queries % TILE;
     const int64_t segments = SCORES_BYTES / (bytes * segment * larger(p.queries, int64_t{1}));
     p.columns = smaller(n, larger(segments, int64_t{1}) * p.sizes.segment);
     return p;

@@ -386,6 +386,36 @@ def attributions(B, D, C):
     )
 
 
+def torch_align(pred, target, source, candidates):
+    logits = F.normalize(source, dim=1) @ F.normalize(candidates, dim=1).T / 0.03
+    labels = torch.arange(len(source), device="cuda")
+    contrastive = (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
+    return 0.5 * F.smooth_l1_loss(pred, target) + 0.5 * contrastive
+
+
+def alignments(B, C, dtype):
+    tensors = [torch.randn(B, C, device="cuda", dtype=dtype, requires_grad=True) for _ in range(4)]
+    compiled = torch.compile(torch_align) if time_left() > 40 else torch_align
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(*tensors), tensors)
+
+    name = f"{B} x {C}, {str(dtype).removeprefix('torch.')}"
+    ours = {"mmbal": both(lambda *t: ops.align_loss(*t)[0])}
+    small(f"align_loss and gradient {name}", {**ours, "torch": both(torch_align)})
+    if compiled is not torch_align:
+        small(f"the same, torch.compile {name}", {**ours, "torch": both(compiled)})
+
+
+def searches(Q, n, D, k, dtype):
+    query, bank = (torch.randn(rows, D, device="cuda", dtype=dtype) for rows in (Q, n))
+    with torch.no_grad():
+        small(
+            f"topk_search {Q} in {n} x {D}, k = {k}, {str(dtype).removeprefix('torch.')}",
+            {"mmbal": lambda: ops.topk_search(query, bank, k), "torch": lambda: (query @ bank.T).topk(k)},
+        )
+
+
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "- TF32 off for float32")
 print("In a mixture's columns: milliseconds, and how many times mmbal's time that is.\n")
 print("| operator | mmbal | torch | torch / mmbal |\n|---|---|---|---|")
@@ -401,6 +431,11 @@ statistics_of_modalities(4096, 3, 1000, 512)
 mutual_information(256_000, 3, 100)
 for B, D, C in ((64, 512, 6), (1024, 768, 309), (4096, 2048, 1000)):
     attributions(B, D, C)
+for B, dtype in ((256, torch.float32), (4096, torch.float32), (8192, torch.bfloat16)):
+    alignments(B, 512, dtype)
+for Q, n in ((1, 1_000_000), (16, 1_000_000), (1000, 5000), (1000, 100_000)):
+    searches(Q, n, 512, 10, torch.float32)
+searches(1, 1_000_000, 512, 10, torch.bfloat16)
 print(flush=True)
 plain = {"mmbal": with_mmbal, "torch grouped_mm": with_grouped_mm, "torch loop over experts": with_loop, "dense": dense}
 mixture(768, 3072, 8192, 4, 2, torch.bfloat16, plain)

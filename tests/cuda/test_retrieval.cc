@@ -63,6 +63,7 @@ struct Sizes {
 
 TYPED_TEST(CudaSearch, ExactSumsAndTiesAreThoseOfTheCore) {
     Random random(1);
+    unsigned schedule = 0; // one for each: they take long
     // One list and several, one chunk of the bank and several, few queries and tiles of them, k held and not, runs.
     for (const Sizes &s : std::vector<Sizes>{{0, 5, 3, 2},
                                              {1, 1, 1, 1},
@@ -77,7 +78,7 @@ TYPED_TEST(CudaSearch, ExactSumsAndTiesAreThoseOfTheCore) {
         const auto query = whole_numbers<TypeParam>(s.Q * s.D, random),
                    bank = whole_numbers<TypeParam>(s.n * s.D, random);
         const Hits<TypeParam> expected = on_cpu<TypeParam>(query, bank, s.Q, s.n, s.D, s.k);
-        for_each_schedule([&] {
+        under_schedule(schedule++ % SCHEDULES, [&] {
             const Hits<TypeParam> got = on_device<TypeParam>(query, bank, s.Q, s.n, s.D, s.k, s.D % 2);
             EXPECT_EQ(got.indices, expected.indices);
             EXPECT_EQ(got.scores, expected.scores);

@@ -3,6 +3,9 @@
 #include <cmath>
 
 #include "modalities.h"
+#ifdef MMBAL_ON_CUDA
+#include "mmbal/cuda/alignment.h"
+#endif
 
 namespace mmbal {
 namespace {
@@ -70,15 +73,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> align_loss(Tensor pred, Tensor target
                                                       std::optional<Tensor> present, int64_t offset, double tau,
                                                       double alpha, std::string regression, double beta,
                                                       bool symmetric) {
+    const Executor executor(pred);
     AlignInputs in{"align_loss", pred, target, source_embedding, target_embedding, group_ids, present};
     in.prepare(offset, tau, alpha, regression, beta, symmetric);
     Tensor loss = in.real({}), of_regression = in.real({}), contrastive = in.real({});
     Tensor normalizers = in.real({2, in.alignment.B});
-    TorchPool pool;
-    const Workspace workspace(mmbal_align_loss_workspace(&in.alignment, pool.workers()));
-    check(mmbal_align_loss(&in.alignment, loss.mutable_data_ptr(), of_regression.mutable_data_ptr(),
-                           contrastive.mutable_data_ptr(), normalizers.mutable_data_ptr(), workspace.data(),
-                           pool.get()),
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_align_loss_workspace_cuda(&in.alignment), in.pred);
+#else
+    const Workspace workspace(mmbal_align_loss_workspace(&in.alignment, executor.workers()));
+#endif
+    check(MMBAL_KERNEL(mmbal_align_loss)(&in.alignment, loss.mutable_data_ptr(), of_regression.mutable_data_ptr(),
+                                         contrastive.mutable_data_ptr(), normalizers.mutable_data_ptr(),
+                                         workspace.data(), executor.get()),
           in.op);
     return {loss, of_regression, contrastive, normalizers};
 }
@@ -89,6 +96,7 @@ align_loss_backward(Tensor dloss, Tensor dregression, Tensor dcontrastive, Tenso
                     Tensor source_embedding, Tensor target_embedding, Tensor normalizers,
                     std::optional<Tensor> group_ids, std::optional<Tensor> present, int64_t offset, double tau,
                     double alpha, std::string regression, double beta, bool symmetric, std::vector<bool> needed) {
+    const Executor executor(pred);
     AlignInputs in{"align_loss_backward", pred, target, source_embedding, target_embedding, group_ids, present};
     in.prepare(offset, tau, alpha, regression, beta, symmetric);
     const auto &[B, D, A, C] = std::tie(in.alignment.B, in.alignment.D, in.alignment.A, in.alignment.C);
@@ -100,11 +108,14 @@ align_loss_backward(Tensor dloss, Tensor dregression, Tensor dcontrastive, Tenso
     const Gradient dpred(needed[0], in.pred, {B, D}), dtarget(needed[1], in.pred, {B, D});
     const Gradient dsource(needed[2], in.pred, {A, C}), dtarget_embedding(needed[3], in.pred, {A, C});
     const mmbal_alignment_gradients gradients{dpred.data, dtarget.data, dsource.data, dtarget_embedding.data};
-    TorchPool pool;
-    const Workspace workspace(mmbal_align_loss_backward_workspace(&in.alignment, &gradients, pool.workers()));
-    check(mmbal_align_loss_backward(&in.alignment, dloss.const_data_ptr(), dregression.const_data_ptr(),
-                                    dcontrastive.const_data_ptr(), normalizers.const_data_ptr(), &gradients,
-                                    workspace.data(), pool.get()),
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_align_loss_backward_workspace_cuda(&in.alignment, &gradients), in.pred);
+#else
+    const Workspace workspace(mmbal_align_loss_backward_workspace(&in.alignment, &gradients, executor.workers()));
+#endif
+    check(MMBAL_KERNEL(mmbal_align_loss_backward)(&in.alignment, dloss.const_data_ptr(), dregression.const_data_ptr(),
+                                                  dcontrastive.const_data_ptr(), normalizers.const_data_ptr(),
+                                                  &gradients, workspace.data(), executor.get()),
           in.op);
     return {dpred.tensor, dtarget.tensor, dsource.tensor, dtarget_embedding.tensor};
 }
@@ -112,6 +123,7 @@ align_loss_backward(Tensor dloss, Tensor dregression, Tensor dcontrastive, Tenso
 } // namespace
 } // namespace mmbal
 
+#ifndef MMBAL_ON_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("align_loss(Tensor pred, Tensor target, Tensor source_embedding, Tensor target_embedding, "
           "Tensor? group_ids=None, Tensor? present=None, int offset=0, float tau=0.03, float alpha=0.5, "
@@ -121,7 +133,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
           "int offset, float tau, float alpha, str regression, float beta, bool symmetric, bool[] needed) "
           "-> (Tensor, Tensor, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+#endif
+STABLE_TORCH_LIBRARY_IMPL(mmbal, MMBAL_DEVICE, m) {
     m.impl("align_loss", TORCH_BOX(&mmbal::align_loss));
     m.impl("align_loss_backward", TORCH_BOX(&mmbal::align_loss_backward));
 }

@@ -1,12 +1,16 @@
 #include "mmbal/retrieval.h"
 
 #include "binding.h"
+#ifdef MMBAL_ON_CUDA
+#include "mmbal/cuda/retrieval.h"
+#endif
 
 namespace mmbal {
 namespace {
 
 std::tuple<Tensor, Tensor> topk_search(Tensor query, Tensor bank, int64_t k) {
     const char *op = "topk_search";
+    const Executor executor(query);
     check_shape(op, "query", query, "[Q, D]", {-1, -1});
     const int64_t Q = query.size(0), D = query.size(1);
     STD_TORCH_CHECK(D >= 1, op, ": query must have at least one column, got ", shape_text(query.sizes()));
@@ -20,17 +24,22 @@ std::tuple<Tensor, Tensor> topk_search(Tensor query, Tensor bank, int64_t k) {
     query = in_one_piece(query), bank = in_one_piece(bank);
     Tensor scores = torch::stable::new_empty(query, {Q, k}, real_type(bank_dtype));
     Tensor indices = torch::stable::new_empty(query, {Q, k}, ScalarType::Long);
-    TorchPool pool;
-    const Workspace workspace(mmbal_topk_search_workspace(bank_dtype, Q, n, D, k, pool.workers()));
-    check(mmbal_topk_search(query_dtype, query.const_data_ptr(), bank_dtype, bank.const_data_ptr(), Q, n, D, k,
-                            scores.mutable_data_ptr(), static_cast<int64_t *>(indices.mutable_data_ptr()),
-                            workspace.data(), pool.get()),
+#ifdef MMBAL_ON_CUDA
+    const Workspace workspace(mmbal_topk_search_workspace_cuda(bank_dtype, Q, n, D, k), query);
+#else
+    const Workspace workspace(mmbal_topk_search_workspace(bank_dtype, Q, n, D, k, executor.workers()));
+#endif
+    check(MMBAL_KERNEL(mmbal_topk_search)(query_dtype, query.const_data_ptr(), bank_dtype, bank.const_data_ptr(), Q, n,
+                                          D, k, scores.mutable_data_ptr(),
+                                          static_cast<int64_t *>(indices.mutable_data_ptr()), workspace.data(),
+                                          executor.get()),
           op);
     return {scores, indices};
 }
 
 Tensor recall_at_k(Tensor indices, Tensor positives, Tensor offsets, std::vector<int64_t> ks) {
     const char *op = "recall_at_k";
+    const Executor executor(indices);
     check_shape(op, "indices", indices, "[Q, K]", {-1, -1});
     check_dtype(op, "indices", indices, ScalarType::Long);
     const int64_t Q = indices.size(0), K = indices.size(1);
@@ -44,11 +53,10 @@ Tensor recall_at_k(Tensor indices, Tensor positives, Tensor offsets, std::vector
     indices = in_one_piece(indices), positives = in_one_piece(positives), offsets = in_one_piece(offsets);
     const int64_t P = positives.size(0), count = static_cast<int64_t>(ks.size());
     Tensor recall = torch::stable::new_empty(indices, {count}, ScalarType::Double);
-    TorchPool pool;
-    const Workspace workspace(mmbal_recall_at_k_workspace(Q));
-    const mmbal_status status =
-        mmbal_recall_at_k(index_data(indices), index_data(positives), index_data(offsets), ks.data(), Q, K, P, count,
-                          static_cast<double *>(recall.mutable_data_ptr()), workspace.data(), pool.get());
+    const Workspace workspace(MMBAL_KERNEL(mmbal_recall_at_k_workspace)(Q), indices);
+    const mmbal_status status = MMBAL_KERNEL(mmbal_recall_at_k)(
+        index_data(indices), index_data(positives), index_data(offsets), ks.data(), Q, K, P, count,
+        static_cast<double *>(recall.mutable_data_ptr()), workspace.data(), executor.get());
     STD_TORCH_CHECK(status != MMBAL_INVALID_INDEX, op, ": offsets must ascend from 0 to the number of positives ", P,
                     ", and positives must not be negative");
     check(status, op);
@@ -58,11 +66,13 @@ Tensor recall_at_k(Tensor indices, Tensor positives, Tensor offsets, std::vector
 } // namespace
 } // namespace mmbal
 
+#ifndef MMBAL_ON_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(mmbal, m) {
     m.def("topk_search(Tensor query, Tensor bank, int k) -> (Tensor, Tensor)");
     m.def("recall_at_k(Tensor indices, Tensor positives, Tensor offsets, int[] ks) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(mmbal, CPU, m) {
+#endif
+STABLE_TORCH_LIBRARY_IMPL(mmbal, MMBAL_DEVICE, m) {
     m.impl("topk_search", TORCH_BOX(&mmbal::topk_search));
     m.impl("recall_at_k", TORCH_BOX(&mmbal::recall_at_k));
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from mmbal._library import (
+    AUTOCAST_KEYS,
     check,
     check_devices,
     check_dtype,
@@ -155,14 +156,18 @@ def _backward(ctx, dloss, dregression, dcontrastive, _):
     return *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True)), *nothing
 
 
-def _autocast(pred_BD, target_BD, source_AC, target_AC, *rest, **options):
-    """In float32, or in float64 where any of the four is."""
-    tensors = (pred_BD, target_BD, source_AC, target_AC)
-    real = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    with torch.autocast("cpu", enabled=False):
-        return ops.align_loss(*(t.to(real) for t in tensors), *rest, **options)
+def _autocast_on(device_type):
+    def rule(pred_BD, target_BD, source_AC, target_AC, *rest, **options):
+        """In float32, or in float64 where any of the four is."""
+        tensors = (pred_BD, target_BD, source_AC, target_AC)
+        real = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        with torch.autocast(device_type, enabled=False):
+            return ops.align_loss(*(t.to(real) for t in tensors), *rest, **options)
+
+    return rule
 
 
 register_autograd("mmbal::align_loss", _backward, setup_context=_save)
-implementations.impl("align_loss", _autocast, "AutocastCPU")
+for _device_type, _key in AUTOCAST_KEYS.items():
+    implementations.impl("align_loss", _autocast_on(_device_type), _key)
 refuse_double_backward("align_loss_backward")

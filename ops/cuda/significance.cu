@@ -1,6 +1,7 @@
 #include "mmbal/cuda/significance.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "packs.cuh"
 #include "softmax.cuh"
@@ -217,8 +218,12 @@ mmbal_status rows_of(mmbal_dtype dtype, const RowTables &tables, bool few, const
     MMBAL_RETURN_FOR_DTYPE(dtype, run_rows, tables, few, targets, B, ignore_index, stream);
 }
 
-bool is_dtype(mmbal_dtype dtype) {
-    return dtype == MMBAL_F32 || dtype == MMBAL_BF16 || dtype == MMBAL_F16 || dtype == MMBAL_F64;
+// A C caller's enum may hold what C++ has no name for, and must not load.
+bool is_dtype(const mmbal_dtype &dtype) {
+    int number;
+    static_assert(sizeof number == sizeof dtype);
+    memcpy(&number, &dtype, sizeof number);
+    return number == MMBAL_F32 || number == MMBAL_BF16 || number == MMBAL_F16 || number == MMBAL_F64;
 }
 
 mmbal_status check_stats(const mmbal_modality *modalities, int64_t M, int64_t B, int64_t C) {

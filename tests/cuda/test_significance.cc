@@ -219,7 +219,7 @@ TEST(CudaSignificanceErrors, ArgumentsOutsideTheContractAreRefused) {
     const mmbal_ratio_options right = {MMBAL_RATE, 1, 0, 0.1, 0.9, 0, 0.05, 0};
     std::vector<mmbal_ratio_options> wrong(6, right);
     wrong[0].temperature = 0, wrong[1].least = 0.95, wrong[2].most = 1.5, wrong[3].bias = NAN;
-    wrong[4].least_entropy = 0, wrong[5].significance = enum_of<mmbal_significance>(8);
+    wrong[4].least_entropy = 0, wrong[5].significance = enum_of<mmbal_significance>(3);
     for (const mmbal_ratio_options &options : wrong)
         EXPECT_EQ(mmbal_ratio_of_rates_cuda(nullptr, 2, options, nullptr, nullptr), MMBAL_INVALID_ARGUMENT);
     const int64_t dims[] = {4, 0};

@@ -41,6 +41,14 @@ def test_ids_may_be_strings():
     assert store.search(vectors()[:2], 1).ids == [["picture 0"], ["picture 1"]]
 
 
+def test_vectors_move_and_those_added_later_follow():
+    store = filled()
+    query, before = vectors()[:3], store.search(vectors()[:3], 4)
+    assert store.to("cpu") is store and torch.equal(store.search(query, 4).ids, before.ids)
+    store.to("meta").add([7], vectors(1))
+    assert store.vectors.is_meta and store.vectors.shape == (41, 6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("named", [False, True])
 def test_a_saved_store_loads_bit_for_bit_and_replaces_an_older_one(tmp_path, dtype, named):

@@ -91,6 +91,12 @@ class VectorStore:
             self._parts = [torch.cat(self._parts)]
         return self._parts[0] if self._parts else torch.empty(0, self.dim, dtype=self.dtype)
 
+    def to(self, device: torch.device | str) -> VectorStore:
+        """Moves the vectors to where queries will be; those added later follow them. Returns itself."""
+        self._parts = [self.vectors.to(device)]
+        self._listed = None
+        return self
+
     def check(self, fingerprint: str, mismatch: str = "refuse") -> None:
         """Whether vectors here come from the weights with this fingerprint; if not, an error, or a warning ("warn")."""
         choose("VectorStore", "mismatch", mismatch, ("refuse", "warn"))
@@ -127,7 +133,8 @@ class VectorStore:
         real = vectors if vectors.dtype == torch.float64 else vectors.float()
         if not real.isfinite().all():
             raise ValueError("VectorStore: vectors must be finite")
-        self._parts.append(unit(real).to(self.dtype))
+        device = self._parts[0].device if self._parts else vectors.device
+        self._parts.append(unit(real).to(device, self.dtype))
         self._ids.update(dict.fromkeys(ids))
         self._listed = None
 

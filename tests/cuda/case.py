@@ -55,10 +55,12 @@ class Case:
         return tensors, others
 
     def results(self, device):
-        """Outputs, and the gradients of a fixed combination of the differentiable ones."""
+        """Outputs, and the gradients of a fixed combination of the differentiable ones; of these, where there are
+        second derivatives, the gradients too."""
         tensors, others = self.arguments(device)
         outputs = self.outputs(tensors, others)
-        return outputs, self.gradients(outputs, tensors)
+        gradients = self.gradients(outputs, tensors, self.twice)
+        return outputs, gradients + (self.gradients(gradients, tensors) if self.twice else [])
 
     def outputs(self, tensors, others):
         outputs = self.call(*tensors, **others)
@@ -66,13 +68,13 @@ class Case:
             return [outputs]
         return list(outputs)
 
-    def gradients(self, outputs, tensors):
+    def gradients(self, outputs, tensors, create_graph=False):
         differentiable = [o for o in outputs if o.requires_grad]
         if not differentiable:
             return []
         upstream = [Random(i).normal(*o.shape).to(o.device, o.dtype) for i, o in enumerate(differentiable)]
         inputs = [t for t in tensors if t.requires_grad]
-        gradients = torch.autograd.grad(differentiable, inputs, upstream, allow_unused=True)
+        gradients = torch.autograd.grad(differentiable, inputs, upstream, allow_unused=True, create_graph=create_graph)
         return [g for g in gradients if g is not None]
 
     def calls(self, device):

@@ -274,9 +274,7 @@ TEST(CudaAttributionErrors, RefuseWhatIsOutsideTheContract) {
     expect(MMBAL_INVALID_ARGUMENT, [](auto &of) { of.M = MMBAL_MAX_MODALITIES + 1; });
     expect(MMBAL_INVALID_ARGUMENT, [](auto &of) { of.target_rows = 2; });
     expect(MMBAL_INVALID_ARGUMENT, [](auto &of) { of.options.eps = 1; });
-    expect(MMBAL_INVALID_ARGUMENT, [](auto &of) { of.options.pool = enum_of<mmbal_attribution_pool>(2); });
     expect(MMBAL_INVALID_ARGUMENT, [](auto &of) { of.options.penalty = enum_of<mmbal_attribution_penalty>(3); });
-    expect(MMBAL_UNSUPPORTED, [](auto &of) { of.dtype = enum_of<mmbal_dtype>(9); });
     mmbal_attributed none = one;
     none.d = 0;
     expect(MMBAL_INVALID_ARGUMENT, [&](auto &of) { of.modalities = &none, of.M = 1; });

@@ -238,10 +238,8 @@ TEST(CudaAttributionLinearErrors, RefuseWhatIsOutsideTheContract) {
     };
     expect(MMBAL_INVALID_ARGUMENT, [](auto &, auto &head) { head.C = 0; });
     expect(MMBAL_INVALID_ARGUMENT, [](auto &, auto &head) { head.row_stride = 4; });
-    expect(MMBAL_INVALID_ARGUMENT, [](auto &, auto &head) { head.score = enum_of<mmbal_score>(2); });
     expect(MMBAL_INVALID_ARGUMENT, [](auto &of, auto &) { of.B = -1; });
     expect(MMBAL_INVALID_ARGUMENT, [](auto &of, auto &) { of.M = MMBAL_MAX_MODALITIES + 1; });
-    expect(MMBAL_UNSUPPORTED, [](auto &of, auto &) { of.dtype = enum_of<mmbal_dtype>(9); });
 }
 
 } // namespace

@@ -1,5 +1,5 @@
 import torch
-from case import Case, Random
+from case import Case, Random, real
 
 ops = torch.ops.mmbal
 
@@ -27,12 +27,30 @@ def regulariser(N, dtype, sizes=((7,), (3, 5), (24,)), pool="l2", penalty="l1", 
     )
 
 
+def second_order(N, dtype, sizes=((7,), (3, 5)), penalty="l1"):
+    """The backward as an operator, whose gradient is attribution_reg_backward_backward."""
+    random, M = Random(13), len(sizes)
+    upstream = [random.normal(*size, dtype=real(dtype)) for size in ((N,), (N, M), (N, M))]
+    lists = [random.normal(N, *size, dtype=dtype) for _ in range(2) for size in sizes]
+
+    def call(dreg, dshares, dmagnitudes, *lists, target, present):
+        grads, embeddings, options = list(lists[:M]), list(lists[M:]), ("l2", penalty, 1e-12)
+        magnitudes = ops.attribution_reg(grads, embeddings, target, present, *options)[2].detach()
+        dgrads, dembeddings = ops.attribution_reg_backward(
+            dreg, dshares, dmagnitudes, grads, embeddings, target, present, magnitudes, *options
+        )
+        return *dgrads, *dembeddings
+
+    name = f"attribution_reg_backward {N} of {M} {sizes[0]}, {penalty}, {dtype}"
+    return Case(name, call, upstream + lists, asked(random, N, M, masked=True))
+
+
 def linear_head(N, dtype, sizes=(16, 5), C=7, score="odds", joined=False, masked=False, labels=False):
     """Squared: rounding of products in float32 can take no share over a jump of a slope."""
     random, M = Random(12), len(sizes)
     embeddings = [random.normal(N, size, dtype=dtype) for size in sizes]
     weights = [random.normal(C, size, dtype=dtype) for size in ((sum(sizes),) if joined else sizes)]
-    logits, dreg = random.normal(N, C, dtype=dtype), random.uniform(N).to(torch.promote_types(dtype, torch.float32))
+    logits, dreg = random.normal(N, C, dtype=dtype), random.uniform(N, dtype=real(dtype))
 
     def call(logits, dreg, *lists, target, present, classes):
         logits, dreg, *lists = (t.detach() for t in (logits, dreg, *lists))  # it has no derivative
@@ -70,6 +88,7 @@ def plain(N, dtype):
     return [
         regulariser(N, dtype),
         regulariser(N, dtype, pool="rms", penalty="squared", masked=True),
+        second_order(N, dtype),
         linear_head(N, dtype),
         linear_head(N, dtype, score="logit", joined=True, masked=True),
     ]
@@ -79,6 +98,7 @@ def small():
     return [
         regulariser(4, torch.float64, ((3,), (2, 2))),
         regulariser(3, torch.float64, ((2,), (3,), (1,)), "rms", "squared", masked=True),
+        second_order(3, torch.float64, ((3,), (2, 2)), "squared"),
     ]
 
 

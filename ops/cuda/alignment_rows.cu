@@ -1,6 +1,5 @@
 // Rows of the alignment loss: regressions, unit vectors and their gradients. A warp takes a row; elements are taken in
 // float64, where no square of a float32 over- or underflows.
-#include <string.h>
 
 #include "alignment.cuh"
 
@@ -237,15 +236,12 @@ int64_t blocks_of_rows(int64_t rows) { return ceil_div(rows * WARP, ALIGN_THREAD
 } // namespace
 
 bool alignment_is_served(const mmbal_alignment &t, mmbal_status *status) {
-    int regression = 0, dtype = 0; // a caller in C may have others than their enums name
-    static_assert(sizeof t.regression == sizeof regression && sizeof t.dtype == sizeof dtype);
-    memcpy(&regression, &t.regression, sizeof regression), memcpy(&dtype, &t.dtype, sizeof dtype);
-    const bool stored = dtype == MMBAL_F32 || dtype == MMBAL_BF16 || dtype == MMBAL_F16 || dtype == MMBAL_F64;
+    const int regression = number_of(t.regression);
     const bool known = regression >= MMBAL_REGRESSION_SMOOTH_L1 && regression <= MMBAL_REGRESSION_COSINE;
     const bool sizes = t.B >= 0 && t.D >= 1 && t.C >= 1 && t.A >= t.B && t.offset >= 0 && t.offset <= t.A - t.B;
     const bool options =
         t.tau >= 1e-30 && t.tau <= 1e30 && t.alpha >= 0 && t.alpha <= 1 && t.beta >= 0 && isfinite(t.beta);
-    *status = !stored ? MMBAL_UNSUPPORTED : known && sizes && options ? MMBAL_OK : MMBAL_INVALID_ARGUMENT;
+    *status = !is_dtype(t.dtype) ? MMBAL_UNSUPPORTED : known && sizes && options ? MMBAL_OK : MMBAL_INVALID_ARGUMENT;
     return *status == MMBAL_OK;
 }
 

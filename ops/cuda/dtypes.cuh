@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "mmbal/dtype.h"
 #include "mmbal/status.h"
@@ -69,6 +70,19 @@ __device__ __forceinline__ float exp_real(float x) { return expf(x); }
 __device__ __forceinline__ double exp_real(double x) { return exp(x); }
 __device__ __forceinline__ float log_real(float x) { return logf(x); }
 __device__ __forceinline__ double log_real(double x) { return log(x); }
+
+// A C caller's enum may hold what C++ has no name for, and must not load.
+template <typename Enum>
+int number_of(const Enum &value) {
+    int number;
+    static_assert(sizeof number == sizeof value, "C's enums are ints");
+    memcpy(&number, &value, sizeof number);
+    return number;
+}
+inline bool is_dtype(const mmbal_dtype &dtype) {
+    const int number = number_of(dtype);
+    return number == MMBAL_F32 || number == MMBAL_BF16 || number == MMBAL_F16 || number == MMBAL_F64;
+}
 
 // Returns f's version for dtype from the enclosing function.
 #define MMBAL_RETURN_FOR_DTYPE(dtype, f, ...)                                                                          \

@@ -129,8 +129,7 @@ mmbal_status check_elements(const mmbal_elements *tensors, int64_t T, int64_t M,
     if (T < 0 || M < 0 || M > INT32_MAX || !known) return MMBAL_INVALID_ARGUMENT;
     for (int64_t t = 0; t < T; t++) {
         const mmbal_elements &of = tensors[t];
-        if (of.dtype != MMBAL_F32 && of.dtype != MMBAL_BF16 && of.dtype != MMBAL_F16 && of.dtype != MMBAL_F64)
-            return MMBAL_UNSUPPORTED;
+        if (!is_dtype(of.dtype)) return MMBAL_UNSUPPORTED;
         if (of.count < 0 || of.modality < 0 || of.modality >= M || of.id < 0 || of.id > UINT32_MAX)
             return MMBAL_INVALID_ARGUMENT;
         if ((importance == MMBAL_GN_WN && !of.weights && of.count > 0) || (of.base && !of.gradient))

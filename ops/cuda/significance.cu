@@ -1,7 +1,6 @@
 #include "mmbal/cuda/significance.h"
 
 #include <math.h>
-#include <string.h>
 
 #include "packs.cuh"
 #include "softmax.cuh"
@@ -216,14 +215,6 @@ mmbal_status run_rows(const RowTables &tables, bool few, const int64_t *targets,
 mmbal_status rows_of(mmbal_dtype dtype, const RowTables &tables, bool few, const int64_t *targets, int64_t B,
                      int64_t ignore_index, mmbal_stream stream) {
     MMBAL_RETURN_FOR_DTYPE(dtype, run_rows, tables, few, targets, B, ignore_index, stream);
-}
-
-// A C caller's enum may hold what C++ has no name for, and must not load.
-bool is_dtype(const mmbal_dtype &dtype) {
-    int number;
-    static_assert(sizeof number == sizeof dtype);
-    memcpy(&number, &dtype, sizeof number);
-    return number == MMBAL_F32 || number == MMBAL_BF16 || number == MMBAL_F16 || number == MMBAL_F64;
 }
 
 mmbal_status check_stats(const mmbal_modality *modalities, int64_t M, int64_t B, int64_t C) {

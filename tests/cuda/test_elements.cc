@@ -136,7 +136,7 @@ TYPED_TEST(CudaElements, MasksAreThoseOfTheCore) {
             list.seed = static_cast<int64_t>(random.bits());
             for (int64_t count : {0, 3, 257, 1030}) list.add(TypeParam::dtype, count, random);
             list.tensors[2].has_base = true, list.tensors[3].has_gradient = random.below(2);
-            ASSERT_NO_FATAL_FAILURE(expect_that_of_the_core(list));
+            ASSERT_NO_FATAL_FAILURE(expect_that_of_the_core(list, under_next_schedule));
         }
 }
 
@@ -190,7 +190,7 @@ TEST(CudaElementLists, OneValueThatIsNoNumberLeavesAllTensors) {
             list.options = options;
             for (mmbal_dtype dtype : ALL_DTYPES) list.add(dtype, 300, random);
             list.tensors[1].gradient.set(299, bad);
-            for_each_schedule([&] { EXPECT_TRUE(list.on_cuda() == list.unchanged()); });
+            under_next_schedule([&] { EXPECT_TRUE(list.on_cuda() == list.unchanged()); });
         }
 }
 

@@ -74,7 +74,7 @@ TYPED_TEST(CudaSampling, ProbabilitiesAndLevelsAreThoseOfTheCore) {
             ASSERT_EQ(mmbal_waterfill(TypeParam::dtype, weights.data(), kappa.data(), S, N, mix, expected.data(),
                                       levels.data(), scratch.data(), serial()),
                       MMBAL_OK);
-            for_each_schedule([&] {
+            under_next_schedule([&] {
                 DeviceArray<Real> d_weights("weights", weights), probabilities("probabilities", S * N);
                 DeviceArray<double> d_kappa("kappa", kappa), c("c", S);
                 DeviceBytes workspace("workspace", mmbal_waterfill_workspace_cuda(S, N));
@@ -169,7 +169,7 @@ TEST(CudaMaskUnits, ScalesAndProbabilitiesAreThoseOfTheCore) {
             SCOPED_TRACE("sampler " + std::to_string(options.sampler) + ", unbiased " +
                          std::to_string(options.unbiased) + ", case " + std::to_string(number));
             Masking m = random_masking(number++, lengths, options);
-            ASSERT_NO_FATAL_FAILURE(expect_that_of_the_core(m));
+            ASSERT_NO_FATAL_FAILURE(expect_that_of_the_core(m, under_next_schedule));
         }
 }
 

@@ -92,7 +92,7 @@ static void NAME(load_sample)(const attributed_rows *rows, int64_t b, attributed
     }
     up->reg = (double)((const REAL *)rows->dreg)[b];
     find_shares(rows->attribution, b, sample);
-    if (!(sample->sum >= least_sum && isfinite(sample->sum))) NAME(attribute_sample)(rows, b, sample);
+    if (!(sample->sum >= LEAST_SUM && isfinite(sample->sum))) NAME(attribute_sample)(rows, b, sample);
 }
 
 static mmbal_status NAME(attribution_backward_task)(void *context, int worker, int64_t begin, int64_t end) {

@@ -4,32 +4,12 @@
 
 #include <math.h>
 
+#include "attribution_penalty.h"
 #include "mmbal/attribution.h"
-
-static const double huber_bend = 0.1; /* half of the largest deviation from equal shares among ten modalities */
-
-static const double least_sum = 0x1p-64; /* of magnitudes whose shares above 1e-12 are all normal in float32 */
 
 /* A float32 probability below it counts as 0: its sums are below any rounding, and its products would soon be subnormal
  * numbers, which take a hundred times as long. */
 static const double negligible = 0x1p-64;
-
-static inline double penalty_of(mmbal_attribution_penalty penalty, double x) {
-    if (penalty == MMBAL_SQUARED) return x * x;
-    if (penalty == MMBAL_L1 || fabs(x) > huber_bend) return fabs(x) - (penalty == MMBAL_HUBER ? huber_bend / 2 : 0);
-    return x * x / (2 * huber_bend);
-}
-
-static inline double penalty_slope(mmbal_attribution_penalty penalty, double x) {
-    if (penalty == MMBAL_SQUARED) return 2 * x;
-    if (penalty == MMBAL_HUBER && fabs(x) <= huber_bend) return x / huber_bend;
-    return x > 0 ? 1 : x < 0 ? -1 : x; /* 0 at 0, NaN at NaN */
-}
-
-static inline double penalty_curvature(mmbal_attribution_penalty penalty, double x) {
-    if (penalty == MMBAL_SQUARED) return 2;
-    return penalty == MMBAL_HUBER && fabs(x) <= huber_bend ? 1 / huber_bend : 0;
-}
 
 /* One sample. Modalities that are not present have a, p and q 0. */
 typedef struct {

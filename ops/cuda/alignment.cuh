@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "mmbal/cuda/alignment.h"
+#include "pieces.cuh"
 #include "register_tile.cuh"
 #include "softmax.cuh"
 
@@ -17,23 +18,6 @@ struct AlignScale {
     double of_row;                  // what an own row's loss weighs
     double regression, contrastive; // backward: of a row's regression, and of its row of similarities; 0: no gradient
     int contrasted;                 // there is something to contrast
-};
-
-// Memory of a workspace in pieces that begin at multiples of 16 bytes; from NULL, their sum.
-class Pieces {
-public:
-    explicit Pieces(void *memory) : memory_(static_cast<unsigned char *>(memory)) {}
-    template <typename T>
-    T *take(int64_t count) {
-        T *piece = memory_ ? reinterpret_cast<T *>(memory_ + bytes_) : nullptr;
-        bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 16) * 16;
-        return piece;
-    }
-    int64_t bytes() const { return bytes_; }
-
-private:
-    unsigned char *memory_;
-    int64_t bytes_ = 0;
 };
 
 // Vectors of length 1.

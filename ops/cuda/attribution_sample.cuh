@@ -4,30 +4,10 @@
 
 #include <math.h>
 
+#include "../cpu/attribution_penalty.h"
 #include "launch.cuh"
-#include "mmbal/attribution.h"
 
 namespace mmbal {
-
-constexpr double HUBER_BEND = 0.1;
-constexpr double LEAST_SUM = 0x1p-64; // of magnitudes that are not found anew
-
-__device__ __forceinline__ double penalty_of(mmbal_attribution_penalty penalty, double x) {
-    if (penalty == MMBAL_SQUARED) return x * x;
-    if (penalty == MMBAL_L1 || fabs(x) > HUBER_BEND) return fabs(x) - (penalty == MMBAL_HUBER ? HUBER_BEND / 2 : 0);
-    return x * x / (2 * HUBER_BEND);
-}
-
-__device__ __forceinline__ double penalty_slope(mmbal_attribution_penalty penalty, double x) {
-    if (penalty == MMBAL_SQUARED) return 2 * x;
-    if (penalty == MMBAL_HUBER && fabs(x) <= HUBER_BEND) return x / HUBER_BEND;
-    return x > 0 ? 1 : x < 0 ? -1 : x; // 0 at 0, NaN at NaN
-}
-
-__device__ __forceinline__ double penalty_curvature(mmbal_attribution_penalty penalty, double x) {
-    if (penalty == MMBAL_SQUARED) return 2;
-    return penalty == MMBAL_HUBER && fabs(x) <= HUBER_BEND ? 1 / HUBER_BEND : 0;
-}
 
 // The samples of a call. widths: of the modalities.
 struct Samples {

@@ -92,14 +92,14 @@ struct PairMemory {
     int64_t parts, bytes;
 
     PairMemory(void *workspace, int64_t M, int64_t N) {
-        Memory memory(workspace);
+        Pieces pieces(workspace);
         pairs = {};
         pairs.columns = 2 * M, pairs.N = N;
-        pairs.keys = memory.take<uint32_t>(2 * M * N), pairs.spare_keys = memory.take<uint32_t>(2 * M * N);
-        pairs.places = memory.take<int64_t>(count_sort_places(2 * M, N));
+        pairs.keys = pieces.take<uint32_t>(2 * M * N), pairs.spare_keys = pieces.take<uint32_t>(2 * M * N);
+        pairs.places = pieces.take<int64_t>(count_sort_places(2 * M, N));
         parts = ceil_div(N, SAMPLES_OF_PART);
-        sums = memory.take<double>(M * parts);
-        bytes = memory.bytes();
+        sums = pieces.take<double>(M * parts);
+        bytes = pieces.bytes();
     }
 };
 

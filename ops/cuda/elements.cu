@@ -1,6 +1,5 @@
 #include "elements_search.cuh"
-
-#include "../cpu/arena.h"
+#include "pieces.cuh"
 
 // No multiply-add is fused here that is not spelt out (cmake/MmbalCuda.cmake), as in the C core.
 namespace mmbal {
@@ -168,17 +167,13 @@ mmbal_status write_table(const mmbal_elements *tensors, int64_t T, Elements *to,
 }
 
 // Cuts the workspace.
-int64_t lay_out(const mmbal_elements *tensors, int64_t T, arena *from, Pass *pass) {
+int64_t lay_out(const mmbal_elements *tensors, int64_t T, Pieces *from, Pass *pass) {
     pass->T = T, pass->chunks = 0;
     for (int64_t t = 0; t < T; t++) pass->chunks += ceil_div(tensors[t].count, CHUNK);
-    const auto bytes = [](int64_t count, size_t size) { return count * static_cast<int64_t>(size); };
-    pass->tensors = static_cast<Elements *>(carve(from, bytes(T, sizeof(Elements))));
-    pass->found = static_cast<Found *>(carve(from, bytes(T, sizeof(Found))));
-    pass->sums = static_cast<double *>(carve(from, bytes(pass->chunks, sizeof(double))));
-    pass->counts = static_cast<int64_t *>(carve(from, bytes(pass->chunks, sizeof(int64_t))));
-    pass->bins = static_cast<unsigned long long *>(carve(from, bytes(T * BINS, sizeof(*pass->bins))));
-    pass->stop = static_cast<int *>(carve(from, sizeof(int)));
-    return bytes_carved(from);
+    pass->tensors = from->take<Elements>(T), pass->found = from->take<Found>(T);
+    pass->sums = from->take<double>(pass->chunks), pass->counts = from->take<int64_t>(pass->chunks);
+    pass->bins = from->take<unsigned long long>(T * BINS), pass->stop = from->take<int>(1);
+    return from->bytes();
 }
 
 } // namespace
@@ -187,7 +182,7 @@ int64_t lay_out(const mmbal_elements *tensors, int64_t T, arena *from, Pass *pas
 using namespace mmbal;
 
 int64_t mmbal_mask_elements_workspace_cuda(const mmbal_elements *tensors, int64_t T) {
-    arena from = {0};
+    Pieces from(nullptr);
     Pass pass;
     return lay_out(tensors, T, &from, &pass);
 }
@@ -201,7 +196,7 @@ mmbal_status mmbal_mask_elements_cuda(const mmbal_elements *tensors, const doubl
     const bool independent = options.sampler == MMBAL_INDEPENDENT;
     if (options.sampler == MMBAL_SYSTEMATIC || (options.sampler == MMBAL_BOTTOMK && options.unbiased))
         return MMBAL_UNSUPPORTED;
-    arena from = {reinterpret_cast<uintptr_t>(workspace)};
+    Pieces from(workspace);
     Pass pass = {};
     pass.rho = rho, pass.skip = skip, pass.seed = seed, pass.step = step;
     pass.importance = importance, pass.options = options;

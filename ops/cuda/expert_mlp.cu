@@ -1,46 +1,31 @@
 // Everything of expert_mlp in the order of its steps. See mmbal/cuda/expert_mlp.h.
 #include "expert_rows.cuh"
+#include "pieces.cuh"
 
 namespace mmbal {
 namespace {
 
-// Parts of a workspace, each aligned to 16 bytes.
-class Carver {
-public:
-    explicit Carver(void *memory) : memory_(static_cast<unsigned char *>(memory)) {}
-    void *carve(int64_t bytes) {
-        const int64_t begin = bytes_;
-        bytes_ += ceil_div(bytes, 16) * 16;
-        return memory_ ? memory_ + begin : nullptr;
-    }
-    int64_t bytes() const { return bytes_; }
-
-private:
-    unsigned char *memory_;
-    int64_t bytes_ = 0;
-};
-
 struct ForwardMemory {
     void *rows, *activated, *product; // [R, D], [R, F], [R, max(D, F)] real
-    ForwardMemory(mmbal_dtype dtype, mmbal_expert_mlp_shape s, Carver *from) {
+    ForwardMemory(mmbal_dtype dtype, mmbal_expert_mlp_shape s, Pieces *from) {
         const int64_t R = s.N * s.K, stored = stored_size(dtype);
-        rows = from->carve(R * s.D * stored);
-        activated = from->carve(R * s.F * stored);
-        product = from->carve(R * (s.D > s.F ? s.D : s.F) * real_size(dtype));
+        rows = from->take<unsigned char>(R * s.D * stored);
+        activated = from->take<unsigned char>(R * s.F * stored);
+        product = from->take<unsigned char>(R * (s.D > s.F ? s.D : s.F) * real_size(dtype));
     }
 };
 
 struct BackwardMemory {
     void *rows, *g, *weighted, *activated, *du, *product, *parts;
-    BackwardMemory(mmbal_dtype dtype, mmbal_expert_mlp_shape s, Carver *from) {
+    BackwardMemory(mmbal_dtype dtype, mmbal_expert_mlp_shape s, Pieces *from) {
         const int64_t R = s.N * s.K, stored = stored_size(dtype), wide = s.D > s.F ? s.D : s.F;
-        rows = from->carve(R * s.D * stored);
-        g = from->carve(R * s.D * stored);
-        weighted = from->carve(R * s.D * stored);
-        activated = from->carve(R * s.F * stored);
-        du = from->carve(R * s.F * stored);
-        product = from->carve(R * wide * real_size(dtype));
-        parts = from->carve(mmbal_expert_sums_workspace_cuda(dtype, R, s.E, wide));
+        rows = from->take<unsigned char>(R * s.D * stored);
+        g = from->take<unsigned char>(R * s.D * stored);
+        weighted = from->take<unsigned char>(R * s.D * stored);
+        activated = from->take<unsigned char>(R * s.F * stored);
+        du = from->take<unsigned char>(R * s.F * stored);
+        product = from->take<unsigned char>(R * wide * real_size(dtype));
+        parts = from->take<unsigned char>(mmbal_expert_sums_workspace_cuda(dtype, R, s.E, wide));
     }
 };
 
@@ -94,23 +79,23 @@ mmbal_status pack_weights(const void *w1, const void *w2, mmbal_expert_mlp_shape
 using namespace mmbal;
 
 int64_t mmbal_expert_mlp_workspace_cuda(mmbal_dtype dtype, mmbal_expert_mlp_shape shape) {
-    Carver carver(nullptr);
-    ForwardMemory(dtype, shape, &carver);
-    return carver.bytes();
+    Pieces pieces(nullptr);
+    ForwardMemory(dtype, shape, &pieces);
+    return pieces.bytes();
 }
 
 int64_t mmbal_expert_mlp_backward_workspace_cuda(mmbal_dtype dtype, mmbal_expert_mlp_shape shape) {
-    Carver carver(nullptr);
-    BackwardMemory(dtype, shape, &carver);
-    return carver.bytes();
+    Pieces pieces(nullptr);
+    BackwardMemory(dtype, shape, &pieces);
+    return pieces.bytes();
 }
 
 mmbal_status mmbal_expert_mlp_cuda(mmbal_dtype dtype, const mmbal_expert_mlp_inputs *in, mmbal_expert_mlp_shape s,
                                    const mmbal_expert_mlp_options *options, void *y, void *preactivation,
                                    void *workspace, mmbal_stream stream) {
     if (!is_served(s, options) || (in->packed && !is_aligned(in->packed))) return MMBAL_INVALID_ARGUMENT;
-    Carver carver(workspace);
-    const ForwardMemory memory(dtype, s, &carver);
+    Pieces pieces(workspace);
+    const ForwardMemory memory(dtype, s, &pieces);
     const int64_t R = s.N * s.K;
     const Weights weights = in->packed ? packed_weights(dtype, s, in->packed) : Weights{in->w1, in->w2, s.D, s.F};
     MMBAL_RETURN_UNLESS_OK(mmbal_expert_gather_cuda(dtype, in->x, in, s, options, 0, memory.rows, nullptr, stream));
@@ -131,8 +116,8 @@ mmbal_status mmbal_expert_mlp_backward_cuda(mmbal_dtype dtype, const void *dy, c
                                             const mmbal_expert_mlp_gradients *to, void *workspace,
                                             mmbal_stream stream) {
     if (!is_served(s, options)) return MMBAL_INVALID_ARGUMENT;
-    Carver carver(workspace);
-    const BackwardMemory memory(dtype, s, &carver);
+    Pieces pieces(workspace);
+    const BackwardMemory memory(dtype, s, &pieces);
     const int64_t R = s.N * s.K;
     const bool du = to->dx || to->dw1 || to->db1, weighted = to->dw2 || to->db2;
     MMBAL_RETURN_UNLESS_OK(

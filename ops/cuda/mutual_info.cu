@@ -345,18 +345,18 @@ struct KsgMemory {
     int64_t bytes;
 
     KsgMemory(void *workspace, int64_t N, int64_t M, int64_t neighbors) {
-        Memory memory(workspace);
+        Pieces pieces(workspace);
         const int64_t all = M * N;
         numbers.columns = 2 * M, numbers.N = N;
-        numbers.keys = memory.take<uint64_t>(2 * all), numbers.spare_keys = memory.take<uint64_t>(2 * all);
-        numbers.values = memory.take<int32_t>(2 * all), numbers.spare_values = memory.take<int32_t>(2 * all);
-        numbers.places = memory.take<int64_t>(count_sort_places(2 * M, N));
-        scalings = memory.take<Scaling>(2 * M);
+        numbers.keys = pieces.take<uint64_t>(2 * all), numbers.spare_keys = pieces.take<uint64_t>(2 * all);
+        numbers.values = pieces.take<int32_t>(2 * all), numbers.spare_values = pieces.take<int32_t>(2 * all);
+        numbers.places = pieces.take<int64_t>(count_sort_places(2 * M, N));
+        scalings = pieces.take<Scaling>(2 * M);
         samples.scalings = scalings, samples.N = N, samples.M = M, samples.neighbors = neighbors;
-        samples.rank_x = memory.take<int32_t>(all);
-        samples.x = memory.take<double>(all), samples.y = memory.take<double>(all);
-        samples.parts = memory.take<double>(M * ceil_div(N, WARP));
-        bytes = memory.bytes();
+        samples.rank_x = pieces.take<int32_t>(all);
+        samples.x = pieces.take<double>(all), samples.y = pieces.take<double>(all);
+        samples.parts = pieces.take<double>(M * ceil_div(N, WARP));
+        bytes = pieces.bytes();
         if (!workspace) return;
         // What the first sort does not need after it: spare keys, spare samples, and once they are numbers the keys.
         samples.sorted = reinterpret_cast<double *>(numbers.spare_keys);

@@ -5,20 +5,20 @@
 
 namespace mmbal {
 
-// Hands out the workspace piece by piece, each aligned to 8; without a workspace it counts the bytes.
-class Memory {
+// Memory of a workspace in pieces that begin at multiples of 16 bytes; from NULL, their sum.
+class Pieces {
 public:
-    explicit Memory(void *workspace) : begin_(static_cast<unsigned char *>(workspace)) {}
+    explicit Pieces(void *memory) : memory_(static_cast<unsigned char *>(memory)) {}
     template <typename T>
     T *take(int64_t count) {
-        T *piece = begin_ ? reinterpret_cast<T *>(begin_ + bytes_) : nullptr;
-        bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 8) * 8;
+        T *piece = memory_ ? reinterpret_cast<T *>(memory_ + bytes_) : nullptr;
+        bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 16) * 16;
         return piece;
     }
     int64_t bytes() const { return bytes_; }
 
 private:
-    unsigned char *begin_;
+    unsigned char *memory_;
     int64_t bytes_ = 0;
 };
 

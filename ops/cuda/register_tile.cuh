@@ -45,7 +45,7 @@ public:
 #pragma unroll
             for (int n = 0; n < MICRO; n++) {
                 const int j = row<B_ALONG, Right>(threadIdx.x % SIDE, n);
-                if (i < rows && j < columns) store(&out[i * stride + j], sums_[m][n]);
+                if (i < rows && j < columns) store(&out[i * stride + j], sums_[m][n] + 0); // no -0: steps end in zeros
             }
         }
     }

@@ -40,7 +40,8 @@ public:
     __device__ __forceinline__ void write(int64_t rows, int64_t columns, int64_t stride, To *out) const {
 #pragma unroll
         for (int i = 0; i < TILE; i++)
-            if (i < rows && threadIdx.x < columns) store(&out[i * stride + threadIdx.x], sums_[i]);
+            if (i < rows && threadIdx.x < columns)
+                store(&out[i * stride + threadIdx.x], sums_[i] + 0); // no -0: steps end in zeros, which make it +0
     }
 
 private:

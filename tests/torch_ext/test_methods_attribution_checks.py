@@ -212,6 +212,18 @@ def test_a_function_runs_in_the_dtype_of_its_parameters():
     assert torch.equal(function[1].shares, AttributionRegularizer(NAMES, model.head)(e)[1].shares)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_logits_of_autocast_that_were_widened_are_the_heads(seed):
+    torch.manual_seed(seed)
+    head, e = nn.Linear(512, 10), {name: torch.randn(256, 256) for name in NAMES}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(torch.cat(list(e.values()), 1)).float()
+    regularizer = AttributionRegularizer(NAMES, head)
+    assert regularizer(e, logits)[0].item() == pytest.approx(regularizer(e)[0].item(), rel=2e-2)
+    with pytest.raises(ValueError, match="logits must be what head makes of these embeddings"):
+        AttributionRegularizer(NAMES, head)(e, nn.functional.dropout(logits, 0.1))
+
+
 def test_a_head_may_change_its_dtype_after_the_regulariser_was_made():
     for head in (nn.Linear(12, 3), Model().head):
         regularizer = AttributionRegularizer(NAMES, head)

@@ -5,15 +5,17 @@
 namespace mmbal {
 namespace {
 
-// torch multiplies groups without a loop on the host for bfloat16, from compute capability 9.0 on, with rows of whole
-// 16 bytes.
+// torch multiplies groups without a loop on the host for bfloat16, on devices of compute capability 9 and 10, with rows
+// of whole 16 bytes; it counts rows in int32.
 bool torch_multiplies(const Call &call) {
     constexpr int64_t IN_16_BYTES = 8;
     if (call.dtype != MMBAL_BF16 || call.shape.N == 0) return false;
     if (call.shape.D % IN_16_BYTES != 0 || call.shape.F % IN_16_BYTES != 0) return false;
     for (const Tensor *t : {&call.w1, &call.w2})
         if (reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 != 0) return false;
-    return mmbal_cuda_capability_major() >= 9;
+    if (call.shape.N > INT32_MAX / call.shape.K) return false;
+    const int major = mmbal_cuda_capability_major();
+    return major == 9 || major == 10;
 }
 
 Tensor grouped_product(const Tensor &a, const Tensor &b, const Tensor &ends) {

@@ -14,10 +14,11 @@ enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/ops/cuda/*.cu)
-# Which gradients are masked is the same on either device, to the bit: as in the C core nothing is fused that the source
-# does not spell out.
+# Of equal energies the same gradients are masked on either device, and to the same bits: as in the C core nothing is
+# fused that the source does not spell out.
 set_source_files_properties(${PROJECT_SOURCE_DIR}/ops/cuda/elements.cu ${PROJECT_SOURCE_DIR}/ops/cuda/mask_units.cu
-  ${PROJECT_SOURCE_DIR}/ops/cuda/sampling.cu PROPERTIES COMPILE_OPTIONS "-fmad=false")
+  ${PROJECT_SOURCE_DIR}/ops/cuda/sampling.cu ${PROJECT_SOURCE_DIR}/ops/cuda/units.cu
+  PROPERTIES COMPILE_OPTIONS "-fmad=false")
 add_library(mmbal_cuda MODULE ${cuda_sources})
 set_target_properties(mmbal_cuda PROPERTIES
   PREFIX lib SUFFIX .so CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden CXX_VISIBILITY_PRESET hidden)

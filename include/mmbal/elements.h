@@ -29,7 +29,7 @@ int64_t mmbal_mask_elements_workspace(const mmbal_elements *tensors, int64_t T, 
 /* mmbal_mask_units and mmbal_scale_units for tensors of one segment each with single elements as units, applied in
  * place: samplers BOTTOMK (not unbiased), INDEPENDENT, TOPK and UNIFORM; MMBAL_UNSUPPORTED for the others. Keys, of
  * TOPK 1 / energy, are compared by the upper 32 bits of their float64; equal ones: the lower element. Nothing is
- * changed where any gradient is infinite or NaN, or a sum of energies is infinite. */
+ * changed where any gradient is infinite or NaN, or a sum of energies is infinite. No two of `data` share memory. */
 mmbal_status mmbal_mask_elements(const mmbal_elements *tensors, /* [T] */
                                  const double *rho,             /* [M] */
                                  int64_t T, int64_t M, int64_t seed, int64_t step, mmbal_importance importance,

@@ -16,7 +16,7 @@ extern "C" {
 /* A tensor seen as units: element (g, u, o, i) lies at data[g stride[0] + u stride[1] + o stride[2] + i stride[3]], in
  * elements. Unit u of group g is all its (o, i); a group is drawn from by itself. Sorted by
  * stride, every axis steps over all that the axes before it reach, so that no element occurs twice;
- * MMBAL_INVALID_ARGUMENT otherwise.
+ * MMBAL_INVALID_ARGUMENT otherwise. No two tensors of a list that is written share memory.
  *   filters of [Cout, Cin, h, w]       size {1, Cout, 1, Cin h w}
  *   H heads as rows of [R, C]          size {1, H, 1, R/H C}
  *   H heads as columns of [R, C]       size {1, H, R, C/H}, stride {.., C/H, C, 1}

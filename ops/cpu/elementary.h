@@ -15,7 +15,7 @@
 /* a b + c, rounded once where there is an instruction for it (MMBAL_FUSES: as on a GPU). Spelt out, so that a number
  * has the same bits in a vector and alone though nothing else is fused. */
 IN_VECTORS float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(MMBAL_FUSES)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(MMBAL_FUSES)
     return fmaf(a, b, c);
 #else
     return a * b + c;
@@ -24,7 +24,7 @@ IN_VECTORS float fused(float a, float b, float c) {
 
 IN_VECTORS float fused_f32(float a, float b, float c) { return fused(a, b, c); }
 IN_VECTORS double fused_f64(double a, double b, double c) {
-#if defined(__FMA__) || defined(MMBAL_FUSES)
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(MMBAL_FUSES)
     return fma(a, b, c);
 #else
     return a * b + c;

@@ -185,6 +185,23 @@ def test_more_than_2_to_the_31_elements():
         torch.testing.assert_close(weights[rows].cpu(), expected, rtol=1e-5, atol=0)
 
 
+def test_gradients_of_more_than_2_to_the_31_elements():
+    rows, columns = 2**16 + 1, 2**15
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB")
+    grad = torch.ones(rows, columns, dtype=torch.bfloat16, device="cuda")
+    energy, nonfinite = ops.unit_energy_foreach([grad], [])
+    assert not nonfinite and bool((energy == columns).all())
+    rho = torch.tensor([0.5], dtype=torch.float64, device="cuda")
+    ops.mask_elements_foreach_([grad.view(-1)], [0], [0], rho, 1, 2, "independent")
+    kept = (grad != 0).double().mean(1)
+    assert bool((kept[[0, 1, rows // 2, -2, -1]] - 0.5).abs().max() < 0.03)
+    scale = torch.zeros(rows, dtype=torch.float64, device="cuda")
+    scale[-1] = 1
+    ops.scale_units_foreach_([grad], [], scale)
+    assert not bool(grad[:-1].any()) and bool(grad[-1].any())
+
+
 def test_a_layer_compiles_in_one_graph():
     def layer(x, router, w1, b1, w2, b2):
         weights, indices = ops.moe_topk(x @ router, 2)

@@ -263,6 +263,12 @@ SCALE = torch.ones(4, **F64)
         (lambda: ops.unit_energy_foreach([G], [1, 5, 1, 1, 0, 2**62, 0, 0, 0]), r"specs\[0\] must stay within"),
         (lambda: ops.unit_energy_foreach([G], [1, 2, 1, 1, 0, 1, 0, 0, 2**63 - 1]), r"specs\[0\] must stay within"),
         (lambda: ops.unit_energy_foreach([G], [2**32, 2**32, 0, 1, 0, 0, 0, 0, 0]), r"less than 2\^63 units"),
+        (lambda: ops.unit_energy_foreach([G], [1, 1, 2**32, 2**32] + [0] * 5), "specs must not name an element twice"),
+        (lambda: ops.unit_energy_foreach([G], [1, 2**50, 1, 1] + [0] * 5), "specs must not name an element twice"),
+        (
+            lambda: ops.scale_units_foreach_([G], [1, 1, 2**32, 2**32] + [0] * 5, SCALE[:1]),
+            "specs must not name an element twice",
+        ),
         (lambda: ops.unit_energy_foreach([G.int()], []), "grads must be float32, bfloat16, float16 or float64"),
         (lambda: ops.unit_energy_foreach([G.T], []), r"grads\[0\] must be contiguous where specs are empty"),
         (lambda: ops.unit_energy_foreach([G.sum()], []), r"grads\[0\] must have a dimension where specs are empty"),

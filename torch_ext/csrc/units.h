@@ -61,6 +61,11 @@ inline int64_t see_spec(const char *op, size_t t, const Tensor &tensor, const in
     STD_TORCH_CHECK(!__builtin_mul_overflow(spec[0], spec[1], &units), op, ": specs[", t,
                     "] must have less than 2^63 units, got ", spec[0], " groups of ", spec[1]);
     if (viewed == 0) return 0;
+    int64_t elements = units;
+    const bool too_many = __builtin_mul_overflow(elements, spec[2], &elements) ||
+                          __builtin_mul_overflow(elements, spec[3], &elements) || elements > viewed;
+    STD_TORCH_CHECK(!too_many, op, ": specs must not name an element twice, got more than the ", viewed,
+                    " elements between the first and the last of specs[", t, "]");
     return offset * static_cast<int64_t>(tensor.element_size());
 }
 

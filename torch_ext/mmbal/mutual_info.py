@@ -1,5 +1,7 @@
 """Fake kernels of the estimators of mutual information; the formulas are in include/mmbal/mutual_info.h. They count, so
-their gradient is 0 wherever it exists: their results require none, as those of argmax do not."""
+their gradient is 0 wherever it exists: their results require none, as those of argmax do not. On CUDA a class that the
+CPU refuses ends the launch, as an index out of range does in torch (the process can use the GPU no more), and
+``num_classes=-1`` means classes below 32768."""
 
 import torch
 from torch.library import register_fake

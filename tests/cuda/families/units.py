@@ -61,7 +61,7 @@ def scaling(N, dtype, based=False, skip=None):
         ops.scale_units_foreach_(grads, [], scale, skip, list(bases.values()) or None)
         return grads
 
-    return Case(f"scale_units {N}, {based}, {skip}, {dtype}", scaled, grads, others, any_layout=False)
+    return Case(f"scale_units {N}, {based}, {skip}, {dtype}", scaled, grads, others, tolerance=0, any_layout=False)
 
 
 def cases(dtype):

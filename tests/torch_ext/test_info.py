@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import mmbal
+from mmbal._library import CUDA_LIBRARY, refused_on_cuda
 from mmbal.cli import app
 from mmbal.integrations.experts import experts_registry_status
 
@@ -97,6 +98,15 @@ def on_cuda(operator, *arguments):
     return getattr(torch.ops.mmbal, operator).default.redispatch(key, *arguments)
 
 
+def test_cuda_kernels_are_loaded_exactly_where_torch_has_cuda_and_the_library_is_there():
+    loadable = torch.version.cuda is not None and CUDA_LIBRARY.exists()  # that takes no GPU
+    assert bool(refused_on_cuda) == (not loadable)
+    for operator in OPERATORS[:2]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mmbal::{operator}", "CUDA")
+        assert (f"mmbal::{operator}" in refused_on_cuda) == (not loadable)
+
+
+@pytest.mark.skipif(not refused_on_cuda, reason="the CUDA kernels are loaded")
 def test_a_cuda_tensor_where_there_is_no_kernel_is_an_error_that_says_what_to_do():
     with pytest.raises(RuntimeError, match="expert_mlp_pack: got a CUDA tensor, but .*(install|move its tensors)"):
         on_cuda("expert_mlp_pack", torch.zeros(1, 2, 3), torch.zeros(1, 3, 2))
@@ -151,6 +161,7 @@ before = runtimes()
 from typer.testing import CliRunner
 
 import mmbal
+from mmbal._library import CUDA_LIBRARY, refused_on_cuda
 from mmbal.cli import app
 torch.ops.mmbal.moe_topk(torch.randn(5000, 4), 2)
 print(sorted(runtimes() - before))

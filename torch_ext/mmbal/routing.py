@@ -49,6 +49,4 @@ def _backward(ctx, dweights_NK, _):
 register_autograd("mmbal::moe_topk", _backward, setup_context=_save)
 autocast_to_real("moe_topk")
 refuse_double_backward("moe_topk_backward")
-
-
 give_constants("moe_dispatch")

@@ -1,6 +1,6 @@
-"""Fake kernels of sampling without replacement; the laws are in include/mmbal/sampling.h. On CUDA
-weights, k, kappa and rho that the CPU refuses end the launch, as an index out of range does in torch: the process can
-use the GPU no more."""
+"""Fake kernels of sampling without replacement; the laws are in include/mmbal/sampling.h. On CUDA weights, k,
+kappa and rho that the CPU refuses end the launch, as an index out of range does in torch: the process can use the GPU
+no more."""
 
 import torch
 from torch.library import register_fake

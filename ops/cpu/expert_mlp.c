@@ -12,7 +12,7 @@
 
 /* Of passes over rows of D or F elements: some tens of microseconds. */
 enum { ROWS_PER_TASK = 16 };
-#define GATHERED ((blocking){64, BLOCK_COLS, 0})
+#define GATHERED ((blocking){64, BLOCK_COLS, 0, 0, 0})
 
 /* Columns of F that a part of <h, a> sums over: a divisor of every block's, so that the sum does not depend on it. */
 enum { PART_COLS = 96 };
@@ -31,8 +31,15 @@ static mmbal_status run_passes(const pass *passes, size_t count, void *call, con
     return status;
 }
 
+/* Products of few rows: as many blocks, at least, keep the workers equally busy. */
+enum { BLOCKS_OF_A_WORKER = 4 };
+
 /* Blocks of a wave's rows: high ones pack the weights seldom, but a few for each worker keep all of them busy. */
-static blocking blocking_for_balance(blocking most, mmbal_expert_mlp_shape s, int64_t wave_rows, int workers) {
+static blocking blocking_for_balance(blocking most, mmbal_expert_mlp_shape s, const int64_t *offsets, int64_t wave_rows,
+                                     int workers) {
+    int64_t few = 0;
+    for (int64_t e = 0; e < s.E; e++) few += offsets[e + 1] > offsets[e] && offsets[e + 1] - offsets[e] <= FEW_ROWS;
+    if (few > 0) most.few_across = ceil_div(BLOCKS_OF_A_WORKER * (int64_t)workers, few);
     const int64_t across = ceil_div(s.D < s.F ? s.D : s.F, most.cols), wanted = 8 * (int64_t)workers;
     enum { LEAST_ROWS = 140 };
     while (most.rows > LEAST_ROWS && ceil_div(wave_rows, most.rows) * across < wanted) most.rows /= 2;

@@ -85,6 +85,40 @@ static mmbal_status NAME(gather_gradient_task)(void *context, int worker, int64_
     return MMBAL_OK;
 }
 
+/* Makes a strip of g w2 the gradient of the hidden rows. */
+static void NAME(finish_hidden_gradient)(const NAME(call) * c, block at, REAL *h) {
+    const int64_t stride = NAME(row_stride)(c->F);
+    REAL line[3 * BLOCK_COLS];
+    for (int64_t r = at.row; r < at.row + at.rows; r++, h += at.stride) {
+        const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
+        const STORED *u = c->preactivation + r * c->F + at.col;
+        if (r + FETCH_AHEAD < at.row + at.rows) {
+            fetch_span(u + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
+            fetch_span(c->dhidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
+            if (c->dw2) fetch_span(c->hidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
+        }
+#if STORED_IS_REAL
+        const REAL *x = u;
+        REAL *du = c->dhidden + place, *value = c->dw2 ? c->hidden + place : line;
+#else
+        REAL *x = line, *du = line + BLOCK_COLS, *value = line + 2 * BLOCK_COLS;
+        NAME(widen)(c->kernels, at.cols, u, x);
+#endif
+        NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, h);
+        for (int64_t f = 0; f < at.cols; f += PART_COLS) {
+            REAL *part = c->dot_parts + r * NAME(parts)(c) + 1 + (at.col + f) / PART_COLS;
+            c->kernels->OF_REAL(gradient_row)(c->activation, least(PART_COLS, at.cols - f), x + f, h + f,
+                                              c->weights[pair], value + f, du + f, part);
+        }
+        if (c->dw2) NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, value);
+#if !STORED_IS_REAL
+        NAME(to_operands)(c->kernels, at.cols, du, c->dhidden + place);
+        if (c->dw2) NAME(to_operands)(c->kernels, at.cols, value, c->hidden + place);
+#endif
+        if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden + place - at.col, c->F);
+    }
+}
+
 /* h = (g w2) * mask; parts of <h, activation(u)>, du = weights h activation'(u), hidden = a */
 static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
@@ -92,31 +126,10 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
     const NAME(product)
         product = {.a = {c->g, NAME(row_stride)(c->D), c->first_row}, .depth = c->D, .cols = c->F, .weights = c->w2};
     const int64_t stride = NAME(row_stride)(c->F);
-    REAL x[BLOCK_COLS], value[BLOCK_COLS], du[BLOCK_COLS];
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(multiply_block)(c, &product, index, end, s);
-        REAL *h = s->c;
-        for (int64_t r = at.row; r < at.row + at.rows; r++, h += at.stride) {
-            const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
-            const STORED *u = c->preactivation + r * c->F + at.col;
-            if (r + FETCH_AHEAD < at.row + at.rows) {
-                fetch_span(u + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
-                fetch_span(c->dhidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
-                if (c->dw2) fetch_span(c->hidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
-            }
-            NAME(widen)(c->kernels, at.cols, u, x);
-            NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, h);
-            for (int64_t f = 0; f < at.cols; f += PART_COLS) {
-                REAL *part = c->dot_parts + r * NAME(parts)(c) + 1 + (at.col + f) / PART_COLS;
-                c->kernels->OF_REAL(gradient_row)(c->activation, least(PART_COLS, at.cols - f), x + f, h + f,
-                                                  c->weights[pair], value + f, du + f, part);
-            }
-            NAME(to_operands)(c->kernels, at.cols, du, c->dhidden + place);
-            if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden + place - at.col, c->F);
-            if (!c->dw2) continue;
-            NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, value);
-            NAME(to_operands)(c->kernels, at.cols, value, c->hidden + place);
-        }
+        for (int64_t left = 0; left < at.cols; left += BLOCK_COLS)
+            NAME(finish_hidden_gradient)(c, strip_of(at, left), s->c + left);
         if (!c->dw1 && !c->db1) continue;
         NAME(turn)(c->kernels, c->dhidden + (at.row - c->first_row) * stride + at.col, stride, at.rows, at.cols,
                    c->dhidden_turned + at.col * c->turned_stride + NAME(turned_place)(c, at.expert, at.row),

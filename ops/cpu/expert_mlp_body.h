@@ -27,6 +27,8 @@ typedef struct {
     OPERAND *g;              /* [W, D] dy of each routed row, under its output mask */
     OPERAND *dhidden_turned; /* [F, turned rows] du once more, transposed: its sums over the rows make dw1 */
     OPERAND *g_turned;       /* [D, turned rows] weights g, transposed: the same for dw2 */
+    OPERAND *input_columns, *hidden_columns; /* panels of input and hidden for experts with few rows, or NULL */
+    int64_t *columns;                        /* [E + 1] columns of these before those of each expert */
     int64_t *turned;         /* [E] where the rows of an expert begin in a turned row: on a cache line */
     REAL *rows;              /* [R, D] o; in the backward dx of the routed row */
     REAL *dot_parts;         /* [R, 1 + blocks across F] <g, b2> and parts of <h, a> */
@@ -43,7 +45,7 @@ static NAME(call) NAME(begin_call)(const mmbal_expert_mlp_inputs *in, mmbal_expe
     c.tile_rows = kernels->OF_OPERAND(tile_rows);
     c.wave_rows = largest_wave(in->offsets, s.E, workers);
     c.blocking = mmbal_blocking_in_use();
-    c.row_blocking = blocking_for_balance(c.blocking, s, c.wave_rows, workers);
+    c.row_blocking = blocking_for_balance(c.blocking, s, in->offsets, c.wave_rows, workers);
     c.turned_stride = NAME(turned_stride)(c.wave_rows, s.E);
     c.past_caches = s.E * s.F * s.D * (int64_t)sizeof(STORED) >= STREAMED_BYTES;
     c.activation = options->activation;
@@ -125,7 +127,8 @@ typedef struct {
     int64_t depth, cols;
     const STORED *weights; /* [E, cols, depth] if transposed, else [E, depth, cols] */
     int transposed;
-    const OPERAND *packed; /* the panels of all experts, or NULL */
+    const OPERAND *packed;  /* the panels of all experts, or NULL */
+    const OPERAND *columns; /* of a, for experts with few rows, or NULL */
 } NAME(product);
 
 static NAME(weights) NAME(weights_of)(const NAME(call) * c, const NAME(product) * p, int64_t expert) {
@@ -137,7 +140,8 @@ static NAME(weights) NAME(weights_of)(const NAME(call) * c, const NAME(product) 
 
 static NAME(reading) NAME(read_block)(const NAME(call) * c, const NAME(product) * p, int64_t index) {
     const block at = NAME(row_block)(c, p->cols, index);
-    return NAME(read_weights)(c->kernels, NAME(weights_of)(c, p, at.expert), at, p->depth, NAME(depth_step)(c));
+    return NAME(read_weights)(c->kernels, NAME(weights_of)(c, p, at.expert), at, p->depth, NAME(depth_step)(c),
+                              p->columns ? p->columns + c->columns[at.expert] * p->depth : NULL);
 }
 
 /* Multiplies block `index` of those before `end` into s->c. */
@@ -148,6 +152,46 @@ static block NAME(multiply_block)(const NAME(call) * c, const NAME(product) * p,
     if (index + 1 < end) next = NAME(read_block)(c, p, index + 1);
     NAME(multiply)(c->kernels, p->a, &reading, index + 1 < end ? &next : NULL, s);
     return reading.place;
+}
+
+/* Columns of the panels of those of the experts first .. last whose rows are a right factor; before: those before each
+ * of them and behind the last, where not NULL. */
+static int64_t NAME(count_columns)(const mmbal_kernels *kernels, const int64_t *offsets, int64_t first, int64_t last,
+                                   int64_t *before) {
+    int64_t count = 0;
+    for (int64_t e = first; e < last; e++) {
+        const int64_t rows = offsets[e + 1] - offsets[e];
+        if (before) before[e - first] = count;
+        if (go_right(rows)) count += NAME(columns_of)(kernels, rows);
+    }
+    if (before) before[last - first] = count;
+    return count;
+}
+
+static int64_t NAME(most_columns)(const int64_t *offsets, int64_t E, int workers) {
+    const mmbal_kernels *kernels = mmbal_kernels_in_use();
+    int64_t most = 0;
+    for (int64_t first = 0, last; first < E; first = last) {
+        last = wave_end(offsets, E, first, workers);
+        const int64_t columns = NAME(count_columns)(kernels, offsets, first, last, NULL);
+        if (columns > most) most = columns;
+    }
+    return most;
+}
+
+/* The rows of an expert into its panels as a right factor, if it has some: `deep` elements of the depth from `from` on.
+ * packed: the panels of all experts of the wave. */
+static void NAME(pack_few)(const NAME(call) * c, const OPERAND *rows, int64_t stride, int64_t expert, int64_t depth,
+                           int64_t from, int64_t deep, OPERAND *packed) {
+    const int64_t tile_cols = c->kernels->OF_OPERAND(tile_cols);
+    const int64_t count = c->offsets[expert + 1] - c->offsets[expert];
+    const int64_t columns = c->columns[expert + 1] - c->columns[expert];
+    OPERAND *to = packed + c->columns[expert] * depth;
+    for (int64_t j = 0; j < columns; j += tile_cols) {
+        const int64_t width = least(tile_cols, columns - j);
+        NAME(pack_columns)(c->kernels, rows + j * stride, stride, least(width, count - j), deep, width,
+                           to + j * depth + from * width);
+    }
 }
 
 static mmbal_status NAME(packed_bytes)(mmbal_expert_mlp_shape s, int64_t *bytes) {

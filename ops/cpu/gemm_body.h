@@ -37,8 +37,11 @@ typedef struct {
 /* What a worker holds of a block. */
 typedef struct {
     REAL c[BLOCK_ELEMENTS];                   /* row stride block.stride */
+    REAL turned[BLOCK_ELEMENTS];              /* the same transposed, where the weights are the left factor */
     OPERAND b[PANEL_BYTES / sizeof(OPERAND)]; /* panels */
 } NAME(scratch);
+
+_Static_assert(FEW_ROWS * BLOCK_COLS * sizeof(OPERAND) <= PANEL_BYTES, "b also holds a strip of few rows");
 
 /* A right factor as tiles read it: panels of tile_cols columns. */
 typedef struct {
@@ -81,6 +84,12 @@ PRODUCT_PART void NAME(multiply_rows)(const mmbal_kernels *kernels, int64_t rows
                c_stride, result, ahead);
 }
 
+/* Columns that the panels of few rows have, those rows being the right factor: whole panels, but for half a one in the
+ * end. */
+PRODUCT_PART int64_t NAME(columns_of)(const mmbal_kernels *kernels, int64_t rows) {
+    return whole_multiples(kernels->OF_OPERAND(tile_cols) / 2, rows);
+}
+
 /* Elements of the panels of `cols` columns. */
 PRODUCT_PART int64_t NAME(panel_elements)(const mmbal_kernels *kernels, int64_t cols, int64_t depth) {
     const int64_t tile_cols = kernels->OF_OPERAND(tile_cols);
@@ -111,18 +120,36 @@ typedef struct {
     NAME(weights) b;
     block place;
     int64_t depth, step;
-    int in_place; /* whole panels are read where they lie */
+    int in_place;           /* whole panels are read where they lie */
+    const OPERAND *columns; /* the rows of a as a right factor, where the weights are the left one; else NULL */
 } NAME(reading);
+
+/* Whether weights may be the left factor of products with few rows. */
+PRODUCT_PART int NAME(weights_go_left)(const mmbal_kernels *kernels, const OPERAND *packed, int64_t depth) {
+    return !packed && kernels->OF_OPERAND(half_tile) && depth % NAME(GROUP) == 0;
+}
 
 /* A step of the depth is short where weights are read in place: what it reads stays in the caches even where the rows
  * of the weights are 16 KiB apart and so share few of their sets. */
 PRODUCT_PART NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME(weights) b, block place, int64_t depth,
-                                              int64_t step_of_many) {
-    const int in_place = OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 &&
-                         !b.packed && !b.transposed && place.few && place.rows <= NAME(ROWS_IN_PLACE);
-    const int64_t step = in_place ? NAME(DEPTH_IN_PLACE) : place.few ? NAME(FEW_DEPTH) : step_of_many;
-    const NAME(reading) made = {b, place, depth, step, in_place};
-    return made;
+                                              int64_t step_of_many, const OPERAND *columns) {
+    NAME(reading) r = {b, place, depth, step_of_many, 0, NULL};
+    if (!place.few) return r;
+    if (columns && go_right(place.rows)) {
+        const int64_t row_bytes = NAME(columns_of)(kernels, place.rows) * (int64_t)sizeof(OPERAND);
+        const int64_t fits = OPERAND_IS_STORED ? COLUMNS_BYTES / row_bytes : NAME(MOST_DEPTH);
+        r.columns = columns, r.step = NAME(whole_lines)(ceil_div(depth, ceil_div(depth, fits)));
+        return r;
+    }
+    r.in_place = OPERAND_IS_STORED && kernels->OF_OPERAND(tile_in_place) && depth % NAME(GROUP) == 0 && !b.packed &&
+                 !b.transposed && place.rows <= NAME(ROWS_IN_PLACE);
+    r.step = r.in_place ? NAME(DEPTH_IN_PLACE) : NAME(FEW_DEPTH);
+    return r;
+}
+
+/* Columns of the weights' block that a tile takes as its rows. */
+PRODUCT_PART int64_t NAME(left_height)(const mmbal_kernels *kernels, int64_t cols) {
+    return ceil_div(cols, ceil_div(cols, kernels->OF_OPERAND(tile_rows)));
 }
 
 /* The panels of the step that begins at `from`, where all of an expert's lie packed. */
@@ -136,6 +163,9 @@ PRODUCT_PART NAME(panels) NAME(packed_step)(const mmbal_kernels *kernels, const 
 /* What a block reads of memory in the step of its depth that begins at `from`. */
 PRODUCT_PART fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
     const int64_t deep = least(r->step, r->depth - from), size = (int64_t)sizeof(STORED);
+    if (r->columns)
+        return make_fetch(r->b.data + r->place.col * r->b.stride + from, r->b.stride * size,
+                          NAME(left_height)(kernels, r->place.cols), deep * size);
     if (r->b.packed) {
         const NAME(panels) step = NAME(packed_step)(kernels, r, from);
         const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), bytes = tile_cols * (int64_t)sizeof(OPERAND);
@@ -187,10 +217,57 @@ PRODUCT_PART void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(r
                           r->place.stride, result, ahead);
 }
 
+/* Few rows against weights that lie transposed: the weights are the left factor, read row by row where they lie, and
+ * what comes out is turned in the end. So no weight is packed, and memory is read from end to end. */
+PRODUCT_PART void NAME(multiply_left)(const mmbal_kernels *kernels, const NAME(reading) * r, const NAME(reading) * next,
+                                      NAME(scratch) * s) {
+    const block at = r->place;
+    const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), columns = NAME(columns_of)(kernels, at.rows);
+    const int64_t height = NAME(left_height)(kernels, at.cols);
+    for (int64_t from = 0; from < r->depth; from += r->step) {
+        const int64_t deep = least(r->step, r->depth - from);
+        const int64_t steps = ceil_div(columns, tile_cols) * (deep / NAME(GROUP));
+        for (int64_t i = 0; i < at.cols; i += height) {
+            const int64_t here = least(height, at.cols - i);
+            const STORED *weights = r->b.data + (at.col + i) * r->b.stride + from;
+            fetches ahead = {.later = {.pace = 0}};
+            if (i + height < at.cols)
+                ahead.later = make_fetch(weights + height * r->b.stride, r->b.stride * (int64_t)sizeof(STORED),
+                                         least(height, at.cols - i - height), deep * (int64_t)sizeof(STORED));
+            else if (from + deep < r->depth)
+                ahead.later = NAME(fetch_step)(kernels, r, from + deep);
+            else if (next)
+                ahead.later = NAME(fetch_step)(kernels, next, 0);
+            set_pace(&ahead.later, steps);
+#if OPERAND_IS_STORED
+            const OPERAND *left = weights;
+            const int64_t left_stride = r->b.stride;
+#else
+            const OPERAND *left = s->b;
+            const int64_t left_stride = NAME(row_stride)(NAME(MOST_DEPTH));
+            for (int64_t k = 0; k < here; k++)
+                NAME(stored_to_operands)(kernels, deep, weights + k * r->b.stride, s->b + k * left_stride);
+#endif
+            for (int64_t j = 0; j < columns; j += tile_cols) {
+                const int64_t width = least(tile_cols, columns - j);
+                (width == tile_cols ? kernels->OF_OPERAND(tile) : kernels->OF_OPERAND(half_tile))(
+                    (int)here, deep, left, left_stride, r->columns + j * r->depth + from * width, width * NAME(GROUP),
+                    s->turned + i * columns + j, columns, from > 0 ? TILE_ADD : TILE_SET, &ahead);
+            }
+        }
+    }
+    (sizeof(REAL) == sizeof(double) ? kernels->transpose_64 : kernels->transpose_32)(s->turned, columns, at.cols,
+                                                                                     at.rows, s->c, at.stride);
+}
+
 /* s->c = a(place.row + i, .) B(., place.col + j) over the whole depth, in its order. next: what this worker reads
  * after it, or NULL. */
 PRODUCT_PART void NAME(multiply)(const mmbal_kernels *kernels, NAME(rows) a, const NAME(reading) * r,
                                  const NAME(reading) * next, NAME(scratch) * s) {
+    if (r->columns) {
+        NAME(multiply_left)(kernels, r, next, s);
+        return;
+    }
     for (int64_t from = 0; from < r->depth; from += r->step) {
         const int64_t deep = least(r->step, r->depth - from);
         const OPERAND *rows = NAME(row_of)(&a, r->place.row) + from;

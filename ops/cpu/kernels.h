@@ -73,6 +73,10 @@ typedef struct mmbal_kernels {
     mmbal_tile_f32 *tile_f32;
     mmbal_tile_f64 *tile_f64;
     mmbal_tile_bf16 *tile_bf16; /* NULL where bfloat16 is multiplied as float32 */
+    /* The same with half as many columns, tile_cols / 2 a row of b. Where these are NULL every panel is whole. */
+    mmbal_tile_f32 *half_tile_f32;
+    mmbal_tile_f64 *half_tile_f64;
+    mmbal_tile_bf16 *half_tile_bf16;
     /* The same for b as it lies in memory, row d at b + d b_stride also for bfloat16; NULL where b must be packed. */
     mmbal_tile_f32 *tile_in_place_f32;
     mmbal_tile_f64 *tile_in_place_f64;

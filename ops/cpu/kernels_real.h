@@ -18,18 +18,18 @@ static inline void NAME(stream_vector)(REAL *to, NAME(vector) v) {
 #endif
 }
 
-/* The tile for a number of rows that the compiler knows, so that the sums stay in registers. Rows of a are addressed
- * in threes from every third row's pointer: one pointer a row would not fit the integer registers. */
-static inline __attribute__((always_inline)) void NAME(tile_of)(const int rows, int64_t depth, const REAL *a,
-                                                                int64_t a_stride, const REAL *b, int64_t b_stride,
-                                                                REAL *c, int64_t c_stride, tile_result result,
-                                                                fetches *ahead) {
+/* The tile for a number of rows and vectors that the compiler knows, so that the sums stay in registers. Rows of a are
+ * addressed in threes from every third row's pointer: one pointer a row would not fit the integer registers. */
+static inline __attribute__((always_inline)) void NAME(tile_of)(const int rows, const int vectors, int64_t depth,
+                                                                const REAL *a, int64_t a_stride, const REAL *b,
+                                                                int64_t b_stride, REAL *c, int64_t c_stride,
+                                                                tile_result result, fetches *ahead) {
     NAME(vector) sum[TILE_ROWS][2];
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-        sum[i][0] = result == TILE_ADD ? NAME(load)(c + i * c_stride) : (NAME(vector)){0};
-        sum[i][1] = result == TILE_ADD ? NAME(load)(c + i * c_stride + NAME(LANES)) : (NAME(vector)){0};
-    }
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            sum[i][v] = result == TILE_ADD ? NAME(load)(c + i * c_stride + v * NAME(LANES)) : (NAME(vector)){0};
     const REAL *third[(TILE_ROWS + 2) / 3];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i += 3) third[i / 3] = a + i * a_stride;
@@ -37,37 +37,46 @@ static inline __attribute__((always_inline)) void NAME(tile_of)(const int rows, 
         fetch_next(ahead);
         const int64_t pause = least(d + FETCH_STEPS, depth);
         for (; d < pause; d++, b += b_stride) {
-            const NAME(vector) b0 = NAME(load)(b), b1 = NAME(load)(b + NAME(LANES));
+            NAME(vector) column[2];
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) column[v] = NAME(load)(b + v * NAME(LANES));
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
                 const REAL element = third[i / 3][i % 3 * a_stride + d];
-                sum[i][0] += element * b0;
-                sum[i][1] += element * b1;
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; v++) sum[i][v] += element * column[v];
             }
         }
     }
-    if (result == TILE_STREAM) {
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; i++) {
-            NAME(stream_vector)(c + i * c_stride, sum[i][0]);
-            NAME(stream_vector)(c + i * c_stride + NAME(LANES), sum[i][1]);
-        }
-        return;
-    }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
-        NAME(store)(c + i * c_stride, sum[i][0]);
-        NAME(store)(c + i * c_stride + NAME(LANES), sum[i][1]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            REAL *to = c + i * c_stride + v * NAME(LANES);
+            if (result == TILE_STREAM)
+                NAME(stream_vector)(to, sum[i][v]);
+            else
+                NAME(store)(to, sum[i][v]);
+        }
     }
 }
 
+#define FOR_ROWS(n)                                                                                                    \
+    case n: NAME(tile_of)(n, VECTORS, depth, a, a_stride, b, b_stride, c, c_stride, result, ahead); return
 static void NAME(tile)(int rows, int64_t depth, const REAL *a, int64_t a_stride, const REAL *b, int64_t b_stride,
                        REAL *c, int64_t c_stride, tile_result result, fetches *ahead) {
-#define FOR_ROWS(n)                                                                                                    \
-    case n: NAME(tile_of)(n, depth, a, a_stride, b, b_stride, c, c_stride, result, ahead); return
+#define VECTORS 2
     SWITCH_ROWS
-#undef FOR_ROWS
+#undef VECTORS
 }
+
+static void NAME(half_tile)(int rows, int64_t depth, const REAL *a, int64_t a_stride, const REAL *b, int64_t b_stride,
+                            REAL *c, int64_t c_stride, tile_result result, fetches *ahead) {
+#define VECTORS 1
+    SWITCH_ROWS
+#undef VECTORS
+}
+#undef FOR_ROWS
 
 /* A few vectors of a row at a time, in arrays that overlap nothing, so that every loop over them becomes vectors. */
 enum { NAME(CHUNK) = 4 * NAME(LANES) };
@@ -140,30 +149,43 @@ static inline REAL NAME(sum_of_chunk)(REAL *side) {
 }
 
 static void NAME(activate)(mmbal_activation activation, int64_t n, const REAL *u, REAL *value, REAL *slope) {
-    REAL x[NAME(CHUNK)] = {0}, v[NAME(CHUNK)], s[NAME(CHUNK)];
-    for (int64_t i = 0; i < n; i += NAME(CHUNK)) {
-        const size_t bytes = sizeof(REAL) * (size_t)(n - i < NAME(CHUNK) ? n - i : NAME(CHUNK));
-        memcpy(x, u + i, bytes);
-        NAME(activate_chunk)(activation, x, v, s);
-        memcpy(value + i, v, bytes);
-        if (slope) memcpy(slope + i, s, bytes);
+    REAL x[NAME(CHUNK)], v[NAME(CHUNK)], s[NAME(CHUNK)];
+    int64_t i = 0;
+    for (; i + NAME(CHUNK) <= n; i += NAME(CHUNK)) {
+        memcpy(x, u + i, sizeof x); /* u may be value */
+        NAME(activate_chunk)(activation, x, value + i, s);
+        if (slope) memcpy(slope + i, s, sizeof s);
+    }
+    if (i == n) return;
+    const size_t bytes = sizeof(REAL) * (size_t)(n - i);
+    memset(x, 0, sizeof x);
+    memcpy(x, u + i, bytes);
+    NAME(activate_chunk)(activation, x, v, s);
+    memcpy(value + i, v, bytes);
+    if (slope) memcpy(slope + i, s, bytes);
+}
+
+/* value and du of a whole chunk, and what it adds to the dot product. */
+static inline void NAME(gradient_chunk)(mmbal_activation activation, const REAL *restrict u, const REAL *restrict h,
+                                        REAL weight, REAL *restrict value, REAL *restrict du, REAL *restrict side) {
+    NAME(activate_chunk)(activation, u, value, du);
+    for (int k = 0; k < NAME(CHUNK); k++) {
+        side[k] += h[k] * value[k];
+        du[k] *= weight * h[k];
     }
 }
 
 static void NAME(gradient_row)(mmbal_activation activation, int64_t n, const REAL *u, const REAL *h, REAL weight,
                                REAL *value, REAL *du, REAL *dot) {
     REAL x[NAME(CHUNK)] = {0}, y[NAME(CHUNK)] = {0}, v[NAME(CHUNK)], slope[NAME(CHUNK)], side[NAME(CHUNK)] = {0};
-    for (int64_t i = 0; i < n; i += NAME(CHUNK)) {
-        const int64_t here = least(NAME(CHUNK), n - i);
-        const size_t bytes = sizeof(REAL) * (size_t)here;
-        if (here < NAME(CHUNK)) memset(x, 0, sizeof x), memset(y, 0, sizeof y); /* what is not there adds nothing */
+    int64_t i = 0;
+    for (; i + NAME(CHUNK) <= n; i += NAME(CHUNK))
+        NAME(gradient_chunk)(activation, u + i, h + i, weight, value + i, du + i, side);
+    if (i < n) { /* what is not there adds nothing */
+        const size_t bytes = sizeof(REAL) * (size_t)(n - i);
         memcpy(x, u + i, bytes);
         memcpy(y, h + i, bytes);
-        NAME(activate_chunk)(activation, x, v, slope);
-        for (int k = 0; k < NAME(CHUNK); k++) {
-            side[k] += y[k] * v[k];
-            slope[k] *= weight * y[k];
-        }
+        NAME(gradient_chunk)(activation, x, y, weight, v, slope, side);
         memcpy(value + i, v, bytes);
         memcpy(du + i, slope, bytes);
     }

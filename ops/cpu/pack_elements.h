@@ -70,6 +70,13 @@ PRODUCT_PART void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(we
     }
 }
 
+/* packed[d][i] = rows[i, d] for as many rows as a panel has columns at most, zero beyond them */
+PRODUCT_PART void NAME(pack_columns)(const mmbal_kernels *kernels, const OPERAND *rows, int64_t stride, int64_t count,
+                                     int64_t depth, int64_t panel_cols, OPERAND *packed) {
+    if (count < panel_cols) memset(packed, 0, sizeof(OPERAND) * (size_t)(panel_cols * depth));
+    TRANSPOSE(kernels, rows, stride, count, depth, packed, panel_cols);
+}
+
 /* to[j, i] = from[i, j]. A few rows of `to` at a time: they are written from end to end, which the processor follows.
  */
 PRODUCT_PART void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,

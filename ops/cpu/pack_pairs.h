@@ -54,6 +54,14 @@ static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights)
     }
 }
 
+/* packed[d / 2][i][d % 2] = rows[i, d] for as many rows as a panel has columns at most, zero beyond them; depth is even
+ */
+PRODUCT_PART void NAME(pack_columns)(const mmbal_kernels *kernels, const OPERAND *rows, int64_t stride, int64_t count,
+                                     int64_t depth, int64_t panel_cols, OPERAND *packed) {
+    if (count < panel_cols) memset(packed, 0, sizeof(OPERAND) * (size_t)(panel_cols * depth));
+    TRANSPOSE(kernels, rows, stride / 2, count, depth / 2, packed, panel_cols);
+}
+
 /* to[j, i] = from[i, j]; two rows are made one row of words, and words are turned; an odd row stands beside zeros */
 static void NAME(turn)(const mmbal_kernels *kernels, const OPERAND *from, int64_t from_stride, int64_t rows,
                        int64_t cols, OPERAND *to, int64_t to_stride) {

@@ -5,6 +5,7 @@
 #include "blocks.h"
 
 #define TILE_IN_PLACE_BF16 NULL /* a register wants pairs of rows side by side */
+#define HALF_TILE_BF16 NULL
 
 enum { TILE_ROWS_BF16 = 32, TILE_COLS_BF16 = 32, AMX_ROWS = 16, AMX_DEPTH = 32 };
 

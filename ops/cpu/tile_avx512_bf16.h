@@ -4,6 +4,7 @@
 
 enum { TILE_ROWS_BF16 = TILE_ROWS, TILE_COLS_BF16 = 32 };
 #define TILE_IN_PLACE_BF16 tile_in_place_bf16
+#define HALF_TILE_BF16 half_tile_bf16
 
 /* Sixteen columns each: the first and the second half, or as unpacking leaves them: of every eight columns the first
  * four and the last four. */
@@ -60,6 +61,35 @@ static inline __attribute__((always_inline)) void tile_of_bf16(const int rows, c
         _mm512_storeu_ps(c + i * c_stride + 16, sum[i].second);
     }
 }
+
+static inline __attribute__((always_inline)) void half_tile_of_bf16(const int rows, int64_t depth, const bfloat16 *a,
+                                                                    int64_t a_stride, const bfloat16 *b,
+                                                                    int64_t b_stride, float *c, int64_t c_stride,
+                                                                    tile_result result, fetches *ahead) {
+    __m512 sum[TILE_ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+        sum[i] = result == TILE_ADD ? _mm512_loadu_ps(c + i * c_stride) : _mm512_setzero_ps();
+    for (int64_t d = 0; d < depth; d += 2, b += b_stride) {
+        if (d % (2 * FETCH_STEPS) == 0) fetch_next(ahead);
+        const __m512bh columns = (__m512bh)_mm512_loadu_si512(b);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            int32_t word;
+            memcpy(&word, a + i * a_stride + d, sizeof word);
+            sum[i] = _mm512_dpbf16_ps(sum[i], columns, (__m512bh)_mm512_set1_epi32(word));
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) _mm512_storeu_ps(c + i * c_stride, sum[i]);
+}
+
+#define FOR_ROWS(n)                                                                                                    \
+    case n: half_tile_of_bf16(n, depth, a, a_stride, b, b_stride, c, c_stride, result, ahead); return
+static void half_tile_bf16(int rows, int64_t depth, const bfloat16 *a, int64_t a_stride, const bfloat16 *b,
+                           int64_t b_stride, float *c, int64_t c_stride, tile_result result,
+                           fetches *ahead){SWITCH_ROWS}
+#undef FOR_ROWS
 
 #define FOR_ROWS(n)                                                                                                    \
     case n: tile_of_bf16(n, IN_PLACE, depth, a, a_stride, b, b_stride, c, c_stride, result, ahead); return

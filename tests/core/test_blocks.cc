@@ -26,7 +26,7 @@ TEST(Blocks, RowBlocksCoverEveryRowAndColumnOnce) {
         const int64_t count = count_row_blocks(offsets.data(), E, most, tile_rows, cols);
         for (int64_t index = 0; index < count; index++) {
             const block b = find_row_block(offsets.data(), most, tile_rows, cols, index);
-            ASSERT_TRUE(b.rows >= 1 && b.cols >= 1 && b.cols <= b.stride && b.stride <= BLOCK_COLS);
+            ASSERT_TRUE(b.rows >= 1 && b.cols >= 1 && b.cols <= b.stride && b.stride <= FEW_COLS);
             ASSERT_LE(b.rows * b.stride, BLOCK_ELEMENTS);
             ASSERT_TRUE(!b.few || b.rows <= FEW_ROWS);
             ASSERT_GE(b.row, offsets[b.expert]);

@@ -236,6 +236,8 @@ TYPED_TEST(ExpertMlp, SameBitsWithAnyPool) {
     const Spec specs[] = {{.N = 40, .D = 65, .F = 300, .E = 3, .dropout = 0.3, .output_dropout = 0.2},
                           {.N = 130, .D = 200, .F = 17, .E = 4, .activation = MMBAL_GELU},
                           {.N = 33, .D = 3, .F = 5, .E = 64, .K = 3},
+                          // Few rows in wide blocks, of which every number of workers has others.
+                          {.N = 60, .D = 1030, .F = 400, .E = 2, .K = 1},
                           // Other waves of experts with every number of workers.
                           {.N = 1300, .D = 5, .F = 7, .E = 6, .K = 2},
                           // The highest blocks that there are, for one worker and not for five.
@@ -254,6 +256,36 @@ TYPED_TEST(ExpertMlp, SameBitsWithAnyPool) {
             EXPECT_TRUE(same_bits(got.preactivation, forward.preactivation)) << name;
             expect_same(run_backward(p, forward.preactivation, pool), backward, name);
         });
+    }
+}
+
+// Few rows take other ways through a product than many; what a token gets must not tell which.
+TYPED_TEST(ExpertMlp, TokensHaveTheSameBitsHoweverManyOthersTheirExpertHas) {
+    for (double dropout : {0.0, 0.3}) {
+        const Spec all = {.N = 300, .D = 66, .F = 1100, .E = 1, .K = 1, .dropout = dropout, .output_dropout = dropout};
+        const Problem<TypeParam> many(all);
+        const auto forward = run_forward(many);
+        const auto backward = run_backward(many, forward.preactivation);
+        for (int64_t rows : {1, 8, 9, 16, 17, 32, 33, 64, 127, 128, 129}) {
+            Spec s = all;
+            s.N = rows;
+            Problem<TypeParam> few(s);
+            few.w1 = many.w1, few.b1 = many.b1, few.w2 = many.w2, few.b2 = many.b2;
+            const auto begin_of = [](const auto &values, int64_t count) {
+                return std::decay_t<decltype(values)>(values.begin(), values.begin() + count);
+            };
+            few.x = begin_of(many.x, rows * s.D), few.dy = begin_of(many.dy, rows * s.D);
+            few.weights = begin_of(many.weights, rows);
+            const auto got = run_forward(few);
+            ASSERT_EQ(got.status, MMBAL_OK);
+            EXPECT_TRUE(got.intact) << rows;
+            EXPECT_TRUE(same_bits(got.y, begin_of(forward.y, rows * s.D))) << rows;
+            EXPECT_TRUE(same_bits(got.preactivation, begin_of(forward.preactivation, rows * s.F))) << rows;
+            const auto gradients = run_backward(few, got.preactivation);
+            EXPECT_TRUE(gradients.intact) << rows;
+            EXPECT_TRUE(same_bits(gradients.dx, begin_of(backward.dx, rows * s.D))) << rows;
+            EXPECT_TRUE(same_bits(gradients.dweights, begin_of(backward.dweights, rows))) << rows;
+        }
     }
 }
 

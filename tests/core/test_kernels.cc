@@ -23,12 +23,13 @@ struct Kernels;
 template <>
 struct Kernels<float> {
     const mmbal_kernels *table;
+    bool half = false; // the tile of half as many columns
     int rows() const { return table->tile_rows_f32; }
-    int cols() const { return table->tile_cols_f32; }
+    int cols() const { return table->tile_cols_f32 / (half ? 2 : 1); }
     void tile(int n, int64_t depth, const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
               int64_t stride, tile_result result) const {
         fetches ahead = {};
-        table->tile_f32(n, depth, a, a_stride, b, b_stride, c, stride, result, &ahead);
+        (half ? table->half_tile_f32 : table->tile_f32)(n, depth, a, a_stride, b, b_stride, c, stride, result, &ahead);
     }
     void activate(mmbal_activation which, int64_t n, const float *u, float *value, float *slope) const {
         table->activate_f32(which, n, u, value, slope);
@@ -45,12 +46,13 @@ struct Kernels<float> {
 template <>
 struct Kernels<double> {
     const mmbal_kernels *table;
+    bool half = false; // the tile of half as many columns
     int rows() const { return table->tile_rows_f64; }
-    int cols() const { return table->tile_cols_f64; }
+    int cols() const { return table->tile_cols_f64 / (half ? 2 : 1); }
     void tile(int n, int64_t depth, const double *a, int64_t a_stride, const double *b, int64_t b_stride, double *c,
               int64_t stride, tile_result result) const {
         fetches ahead = {};
-        table->tile_f64(n, depth, a, a_stride, b, b_stride, c, stride, result, &ahead);
+        (half ? table->half_tile_f64 : table->tile_f64)(n, depth, a, a_stride, b, b_stride, c, stride, result, &ahead);
     }
     void activate(mmbal_activation which, int64_t n, const double *u, double *value, double *slope) const {
         table->activate_f64(which, n, u, value, slope);
@@ -100,12 +102,36 @@ void expect_tile_product(Kernels<Real> kernels, int rows, int64_t depth, tile_re
 TEST_P(EveryIsa, TileProductIsThatOfThePlainLoopForEveryNumberOfRows) {
     for (int64_t depth : {0, 1, 2, 3, 15, 16, 17, 70, 256, 257, 1000}) {
         for (tile_result result : {TILE_SET, TILE_ADD}) {
-            for (int rows = 1; rows <= Kernels<float>{table()}.rows(); rows++)
-                expect_tile_product(Kernels<float>{table()}, rows, depth, result, 100 + depth);
-            for (int rows = 1; rows <= Kernels<double>{table()}.rows(); rows++)
-                expect_tile_product(Kernels<double>{table()}, rows, depth, result, 200 + depth);
+            for (bool half : {false, true}) {
+                for (int rows = 1; rows <= Kernels<float>{table()}.rows(); rows++)
+                    expect_tile_product(Kernels<float>{table(), half}, rows, depth, result, 100 + depth);
+                for (int rows = 1; rows <= Kernels<double>{table()}.rows(); rows++)
+                    expect_tile_product(Kernels<double>{table(), half}, rows, depth, result, 200 + depth);
+            }
         }
     }
+}
+
+template <typename Real>
+void expect_half_tiles_to_have_the_bits_of_whole_ones(mmbal_test::Random random, Kernels<Real> whole,
+                                                      Kernels<Real> half) {
+    const int cols = whole.cols();
+    const int64_t depth = 37;
+    for (int rows = 1; rows <= whole.rows(); rows++) {
+        const auto a = numbers<Real>(random, rows * depth), b = numbers<Real>(random, depth * cols);
+        std::vector<Real> c(rows * cols), halves(rows * cols);
+        whole.tile(rows, depth, a.data(), depth, b.data(), cols, c.data(), cols, TILE_SET);
+        for (int first : {0, cols / 2})
+            half.tile(rows, depth, a.data(), depth, b.data() + first, cols, halves.data() + first, cols, TILE_SET);
+        EXPECT_TRUE(same_bits(c, halves)) << rows;
+    }
+}
+
+TEST_P(EveryIsa, HalfTilesHaveTheBitsOfWholeOnes) {
+    expect_half_tiles_to_have_the_bits_of_whole_ones(Random(41), Kernels<float>{table()},
+                                                     Kernels<float>{table(), true});
+    expect_half_tiles_to_have_the_bits_of_whole_ones(Random(42), Kernels<double>{table()},
+                                                     Kernels<double>{table(), true});
 }
 
 // Around the caches into a matrix whose rows begin on cache lines.

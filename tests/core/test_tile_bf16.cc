@@ -150,6 +150,30 @@ TEST(TileInPlaceBf16, GivesTheBitsOfThePackedPanelForEveryNumberOfRows) {
     }
 }
 
+TEST(HalfTileBf16, GivesTheBitsOfTheWholeTileForEveryNumberOfRows) {
+    const mmbal_kernels *table = mmbal_kernels_of(MMBAL_ISA_AVX512_BF16);
+    if (!table || !(mmbal_cpu_features() & MMBAL_CPU_AVX512_BF16)) GTEST_SKIP() << "no AVX512-BF16";
+    const int cols = table->tile_cols_bf16, half = cols / 2;
+    for (int rows = 1; rows <= table->tile_rows_bf16; rows++) {
+        for (int64_t depth : {0, 2, 6, 64, 130}) {
+            for (tile_result result : {TILE_SET, TILE_ADD}) {
+                Random random(1000 * rows + depth);
+                const auto a = random.tensor<BF16>(rows * depth, 1), b = random.tensor<BF16>(depth * cols, 1);
+                std::vector<float> whole(rows * cols);
+                for (auto &value : whole) value = static_cast<float>(random.uniform(-1, 1));
+                auto halves = whole;
+                fetches nothing = {};
+                table->tile_bf16(rows, depth, a.data(), depth, b.data(), 2 * cols, whole.data(), cols, result,
+                                 &nothing);
+                for (int first : {0, half}) /* a row of a panel is [cols, 2] */
+                    table->half_tile_bf16(rows, depth, a.data(), depth, b.data() + 2 * first, 2 * cols,
+                                          halves.data() + first, cols, result, &nothing);
+                ASSERT_TRUE(same_bits(whole, halves)) << rows << " rows, depth " << depth << ", result " << result;
+            }
+        }
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(Kernels, TileBf16, ::testing::ValuesIn(tiles()), [](const auto &of) { return of.param.name; });
 
 } // namespace

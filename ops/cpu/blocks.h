@@ -34,6 +34,9 @@ static inline int go_right(int64_t rows_of_expert) {
     return rows_of_expert >= LEAST_LEFT && rows_of_expert <= FEW_ROWS;
 }
 
+/* Elements of a piece of the sums of a bias' gradient: a divisor of every step of a depth. */
+enum { SUM_PIECE = 128 };
+
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -1,6 +1,8 @@
 /* Backward of expert_mlp.c for one dtype. Each gradient is a pass of its own, taken only when it is asked for; those of
  * the biases fall out of the passes over the weights. */
 
+static void NAME(joint_workspace)(NAME(call) * c, int workers, arena *from);
+
 static int64_t NAME(parts)(const NAME(call) * c) { return 1 + ceil_div(c->F, PART_COLS); }
 
 static void NAME(backward_workspace)(NAME(call) * c, int workers, arena *from) {
@@ -14,6 +16,7 @@ static void NAME(backward_workspace)(NAME(call) * c, int workers, arena *from) {
     c->turned = carve(from, c->E * (int64_t)sizeof(int64_t));
     c->rows = carve(from, c->R * c->D * (int64_t)sizeof(REAL));
     c->dot_parts = carve(from, c->R * NAME(parts)(c) * (int64_t)sizeof(REAL));
+    NAME(joint_workspace)(c, workers, from);
     c->scratch = carve(from, workers * (int64_t)sizeof(NAME(scratch)));
 }
 
@@ -85,21 +88,23 @@ static mmbal_status NAME(gather_gradient_task)(void *context, int worker, int64_
     return MMBAL_OK;
 }
 
-/* Makes a strip of g w2 the gradient of the hidden rows. */
-static void NAME(finish_hidden_gradient)(const NAME(call) * c, block at, REAL *h) {
+/* Makes a strip of g w2 the gradient of the hidden rows, and a where `hidden`, its first row, is not NULL. Rows before
+ * `last` are finished next. */
+static void NAME(finish_hidden_gradient)(const NAME(call) * c, block at, int64_t last, REAL *h, OPERAND *hidden,
+                                         int64_t hidden_stride) {
     const int64_t stride = NAME(row_stride)(c->F);
     REAL line[3 * BLOCK_COLS];
-    for (int64_t r = at.row; r < at.row + at.rows; r++, h += at.stride) {
+    for (int64_t r = at.row; r < at.row + at.rows; r++, h += at.stride, hidden += hidden ? hidden_stride : 0) {
         const int64_t pair = c->permutation[r], place = (r - c->first_row) * stride + at.col;
         const STORED *u = c->preactivation + r * c->F + at.col;
-        if (r + FETCH_AHEAD < at.row + at.rows) {
+        if (r + FETCH_AHEAD < last) {
             fetch_span(u + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
             fetch_span(c->dhidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
-            if (c->dw2) fetch_span(c->hidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
+            if (hidden) fetch_span(hidden + FETCH_AHEAD * hidden_stride, at.cols * (int64_t)sizeof(OPERAND));
         }
 #if STORED_IS_REAL
         const REAL *x = u;
-        REAL *du = c->dhidden + place, *value = c->dw2 ? c->hidden + place : line;
+        REAL *du = c->dhidden + place, *value = hidden ? hidden : line;
 #else
         REAL *x = line, *du = line + BLOCK_COLS, *value = line + 2 * BLOCK_COLS;
         NAME(widen)(c->kernels, at.cols, u, x);
@@ -110,10 +115,10 @@ static void NAME(finish_hidden_gradient)(const NAME(call) * c, block at, REAL *h
             c->kernels->OF_REAL(gradient_row)(c->activation, least(PART_COLS, at.cols - f), x + f, h + f,
                                               c->weights[pair], value + f, du + f, part);
         }
-        if (c->dw2) NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, value);
+        if (hidden) NAME(mask)(&c->hidden_dropout, pair * c->F + at.col, at.cols, value);
 #if !STORED_IS_REAL
         NAME(to_operands)(c->kernels, at.cols, du, c->dhidden + place);
-        if (c->dw2) NAME(to_operands)(c->kernels, at.cols, value, c->hidden + place);
+        if (hidden) NAME(to_operands)(c->kernels, at.cols, value, hidden);
 #endif
         if (at.col + at.cols == c->F) NAME(end_row)(c->dhidden + place - at.col, c->F);
     }
@@ -129,7 +134,9 @@ static mmbal_status NAME(hidden_gradient_task)(void *context, int worker, int64_
     for (int64_t index = begin; index < end; index++) {
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         for (int64_t left = 0; left < at.cols; left += BLOCK_COLS)
-            NAME(finish_hidden_gradient)(c, strip_of(at, left), s->c + left);
+            NAME(finish_hidden_gradient)(c, strip_of(at, left), at.row + at.rows, s->c + left,
+                                         c->dw2 ? c->hidden + (at.row - c->first_row) * stride + at.col + left : NULL,
+                                         stride);
         if (!c->dw1 && !c->db1) continue;
         NAME(turn)(c->kernels, c->dhidden + (at.row - c->first_row) * stride + at.col, stride, at.rows, at.cols,
                    c->dhidden_turned + at.col * c->turned_stride + NAME(turned_place)(c, at.expert, at.row),
@@ -208,7 +215,7 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
     const int64_t stride = c->turned_stride, first = at.expert * w->rows + at.row;
     const OPERAND *left = w->left + at.row * stride + c->turned[at.expert];
     for (int64_t i = 0; w->db && at.col == 0 && i < at.rows; i++) {
-        const REAL sum = NAME(sum)(c->kernels, end - begin, left + i * stride);
+        const REAL sum = NAME(sum)(c->kernels, 0, end - begin, left + i * stride);
         NAME(narrow)(c->kernels, 1, &sum, w->db + first + i);
     }
     if (!w->dw) return;
@@ -217,7 +224,8 @@ static void NAME(weight_gradient_block)(const NAME(call) * c, const NAME(weight_
         const int64_t depth = least(NAME(depth_step)(c), end - from), next = from + depth;
         const int64_t packed_depth = NAME(packed_depth)(depth);
         const int first_step = from == begin, last_step = next == end;
-        NAME(pack_rows)(c->kernels, &w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), s->b);
+        NAME(pack_rows)(c->kernels, &w->right, from, depth, at.col, at.cols, c->kernels->OF_OPERAND(tile_cols), depth,
+                        s->b);
         const NAME(panels) right = NAME(packed_panels)(c->kernels, s->b, packed_depth);
         fetches ahead = {
             .later = make_fetch(NAME(row_of)(&w->right, next) + at.col, w->right.stride * (int64_t)sizeof(OPERAND),
@@ -272,6 +280,8 @@ static mmbal_status NAME(dw2_task)(void *context, int worker, int64_t begin, int
     return MMBAL_OK;
 }
 
+#include "expert_mlp_joint_body.h"
+
 static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs *inputs, const void *preactivation,
                                    mmbal_expert_mlp_shape shape, const mmbal_expert_mlp_options *options,
                                    const mmbal_expert_mlp_gradients *gradients, void *workspace,
@@ -291,14 +301,18 @@ static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs
         wave.turned[0] = 0;
         for (int64_t e = 1; e < wave.E; e++)
             wave.turned[e] = wave.turned[e - 1] + NAME(whole_lines)(wave.offsets[e] - wave.offsets[e - 1]);
+        const int jointly = NAME(goes_jointly)(&wave);
         const pass passes[] = {
             {1, NAME(gather_blocks)(&wave), 1, NAME(gather_gradient_task)},
-            {hidden_needed, NAME(row_blocks)(&wave, c.F), blocks_per_task(NAME(row_blocks)(&wave, c.F), pool->workers),
-             NAME(hidden_gradient_task)},
+            {jointly, NAME(x_blocks)(&wave) * ceil_div(c.D, c.kernels->OF_OPERAND(tile_cols)), 1, NAME(x_panels_task)},
+            {jointly, NAME(joint_blocks)(&wave), 1, NAME(joint_task)},
+            {jointly && c.db2, wave.E * c.D, ROWS_PER_TASK, NAME(db2_task)},
+            {!jointly && hidden_needed, NAME(row_blocks)(&wave, c.F),
+             blocks_per_task(NAME(row_blocks)(&wave, c.F), pool->workers), NAME(hidden_gradient_task)},
             {c.dx != NULL, NAME(row_blocks)(&wave, c.D), blocks_per_task(NAME(row_blocks)(&wave, c.D), pool->workers),
              NAME(input_gradient_task)},
-            {c.dw1 || c.db1, count_expert_blocks(wave.E, c.blocking, c.F, c.D), 1, NAME(dw1_task)},
-            {c.dw2 || c.db2, count_expert_blocks(wave.E, c.blocking, c.D, c.F), 1, NAME(dw2_task)},
+            {!jointly && (c.dw1 || c.db1), count_expert_blocks(wave.E, c.blocking, c.F, c.D), 1, NAME(dw1_task)},
+            {!jointly && (c.dw2 || c.db2), count_expert_blocks(wave.E, c.blocking, c.D, c.F), 1, NAME(dw2_task)},
         };
         status = run_passes(passes, sizeof passes / sizeof passes[0], &wave, pool);
     }

@@ -32,6 +32,8 @@ typedef struct {
     int64_t *turned;         /* [E] where the rows of an expert begin in a turned row: on a cache line */
     REAL *rows;              /* [R, D] o; in the backward dx of the routed row */
     REAL *dot_parts;         /* [R, 1 + blocks across F] <g, b2> and parts of <h, a> */
+    OPERAND *x_panels;       /* x of each routed row as a right factor, where the backward goes jointly */
+    char *joint;             /* [workers, joint_bytes] what a worker holds of it */
     NAME(scratch) * scratch; /* [workers] */
 } NAME(call);
 

@@ -18,16 +18,17 @@ PRODUCT_PART void NAME(deal)(const OPERAND *row, int64_t cols, int panel_cols, i
     }
 }
 
-/* packed[panel][d][i] = rows(from + d, col + panel panel_cols + i), zero beyond cols */
+/* packed[panel][d][i] = rows(from + d, col + panel panel_cols + i), zero beyond cols; d < depth of panel_depth that the
+ * panels have */
 PRODUCT_PART void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, int64_t from, int64_t depth,
-                                  int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
+                                  int64_t col, int64_t cols, int panel_cols, int64_t panel_depth, OPERAND *packed) {
     (void)kernels;
     fetch ahead = make_fetch(NAME(row_of)(b, from) + col, b->stride * (int64_t)sizeof(OPERAND), depth,
                              cols * (int64_t)sizeof(OPERAND));
     fetch_lines_now(&ahead, FETCH_AHEAD * ahead.lines);
     for (int64_t d = 0; d < depth; d++) {
         fetch_lines_now(&ahead, ahead.lines);
-        NAME(deal)(NAME(row_of)(b, from + d) + col, cols, panel_cols, depth, packed + d * panel_cols);
+        NAME(deal)(NAME(row_of)(b, from + d) + col, cols, panel_cols, panel_depth, packed + d * panel_cols);
     }
 }
 

@@ -8,9 +8,10 @@ static inline int64_t NAME(packed_depth)(int64_t depth) { return (depth + 1) / 2
 
 static const OPERAND NAME(zeros)[BLOCK_COLS];
 
-/* packed[panel][d / 2][i][d % 2] = rows(d, panel panel_cols + i), zero beyond cols and depth */
+/* packed[panel][d / 2][i][d % 2] = rows(d, panel panel_cols + i), zero beyond cols and depth; the
+ * panels have panel_depth, of which this is the beginning, in pairs */
 static void NAME(pair_rows)(const mmbal_kernels *kernels, const OPERAND *rows, int64_t stride, int64_t depth,
-                            int64_t cols, int panel_cols, OPERAND *packed) {
+                            int64_t cols, int panel_cols, int64_t panel_depth, OPERAND *packed) {
     OPERAND words[2 * BLOCK_COLS];
     fetch ahead = make_fetch(rows, stride * (int64_t)sizeof(OPERAND), depth, cols * (int64_t)sizeof(OPERAND));
     fetch_lines_now(&ahead, FETCH_AHEAD * ahead.lines);
@@ -19,7 +20,7 @@ static void NAME(pair_rows)(const mmbal_kernels *kernels, const OPERAND *rows, i
         OPERAND *to = packed + d * panel_cols;
         fetch_lines_now(&ahead, 2 * ahead.lines);
         kernels->interleave(cols, row, d + 1 < depth ? row + stride : NAME(zeros), words);
-        for (int64_t left = 0; left < cols; left += panel_cols, to += panel_cols * NAME(packed_depth)(depth)) {
+        for (int64_t left = 0; left < cols; left += panel_cols, to += panel_cols * NAME(packed_depth)(panel_depth)) {
             const int64_t here = least(panel_cols, cols - left);
             memcpy(to, words + 2 * left, sizeof(OPERAND) * (size_t)(2 * here));
             for (int64_t i = 2 * here; i < 2 * panel_cols; i++) to[i] = 0;
@@ -28,15 +29,15 @@ static void NAME(pair_rows)(const mmbal_kernels *kernels, const OPERAND *rows, i
 }
 
 static void NAME(pack_rows)(const mmbal_kernels *kernels, const NAME(rows) * b, int64_t from, int64_t depth,
-                            int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
-    NAME(pair_rows)(kernels, NAME(row_of)(b, from) + col, b->stride, depth, cols, panel_cols, packed);
+                            int64_t col, int64_t cols, int panel_cols, int64_t panel_depth, OPERAND *packed) {
+    NAME(pair_rows)(kernels, NAME(row_of)(b, from) + col, b->stride, depth, cols, panel_cols, panel_depth, packed);
 }
 
 /* packed[panel][d / 2][i][d % 2] = B(from + d, col + panel panel_cols + i), zero beyond cols and depth */
 static void NAME(pack_weights)(const mmbal_kernels *kernels, const NAME(weights) * b, int64_t from, int64_t depth,
                                int64_t col, int64_t cols, int panel_cols, OPERAND *packed) {
     if (!b->transposed) {
-        NAME(pair_rows)(kernels, b->data + from * b->stride + col, b->stride, depth, cols, panel_cols, packed);
+        NAME(pair_rows)(kernels, b->data + from * b->stride + col, b->stride, depth, cols, panel_cols, depth, packed);
         return;
     }
     const int64_t by_words = b->stride % 2 == 0 ? depth / 2 * 2 : 0; /* else a pair may straddle two words */

@@ -85,10 +85,11 @@ static REAL NAME(dot)(int64_t n, const REAL *a, const REAL *b) {
     return NAME(sum_of)(side);
 }
 
-static REAL NAME(sum)(const mmbal_kernels *kernels, int64_t n, const OPERAND *a) {
-    REAL sum = 0, line[BLOCK_COLS];
-    for (int64_t from = 0; from < n; from += BLOCK_COLS) {
-        const int64_t here = least(BLOCK_COLS, n - from);
+/* start and the sum of a, by pieces of SUM_PIECE: so it may be cut there. */
+static REAL NAME(sum)(const mmbal_kernels *kernels, REAL start, int64_t n, const OPERAND *a) {
+    REAL sum = start, line[SUM_PIECE];
+    for (int64_t from = 0; from < n; from += SUM_PIECE) {
+        const int64_t here = least(SUM_PIECE, n - from);
         NAME(from_operands)(kernels, here, a + from, line);
         sum += kernels->OF_REAL(sum)(here, line);
     }

@@ -66,7 +66,7 @@ test-example: test-core
 
 .PHONY: test-python
 test-python: $(INSTALLED) $(VENV)/mmbal-open-clip
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED) bench-phases ## benchmarks against peers, a chosen subset in less than ten minutes

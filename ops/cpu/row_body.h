@@ -20,14 +20,17 @@ static void NAME(round_row)(const mmbal_kernels *kernels, int64_t n, REAL *u, ST
 #endif
 }
 
-/* narrow around the caches, n <= BLOCK_COLS */
+/* narrow around the caches */
 static void NAME(narrow_past_caches)(const mmbal_kernels *kernels, int64_t n, const REAL *from, STORED *to) {
 #if STORED_IS_REAL
     kernels->stream(n * (int64_t)sizeof(STORED), from, to);
 #else
     STORED line[BLOCK_COLS];
-    NARROW(kernels, n, from, line);
-    kernels->stream(n * (int64_t)sizeof(STORED), line, to);
+    for (int64_t i = 0; i < n; i += BLOCK_COLS) {
+        const int64_t here = least(BLOCK_COLS, n - i);
+        NARROW(kernels, here, from + i, line);
+        kernels->stream(here * (int64_t)sizeof(STORED), line, to + i);
+    }
 #endif
 }
 

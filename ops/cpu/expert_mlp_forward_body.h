@@ -135,8 +135,8 @@ static mmbal_status NAME(forward)(const mmbal_expert_mlp_inputs *inputs, mmbal_e
     arena from = {(uintptr_t)workspace};
     NAME(forward_workspace)(&c, NAME(most_columns)(c.offsets, c.E, pool->workers), pool->workers, &from);
     c.y = y, c.kept_preactivation = preactivation;
-    if (!NAME(weights_go_left)(c.kernels, c.packed_w1, c.D)) c.input_columns = NULL;
-    if (!NAME(weights_go_left)(c.kernels, c.packed_w2, c.F)) c.hidden_columns = NULL;
+    if (!NAME(weights_go_left)(c.kernels, c.D)) c.input_columns = NULL;
+    if (!NAME(weights_go_left)(c.kernels, c.F)) c.hidden_columns = NULL;
     c.row_blocking.wide_from = c.input_columns && c.hidden_columns ? LEAST_LEFT : FEW_ROWS + 1;
     mmbal_status status = MMBAL_OK;
     for (int64_t first = 0, last; first < c.E && status == MMBAL_OK; first = last) {

@@ -124,9 +124,9 @@ typedef struct {
     const OPERAND *columns; /* the rows of a as a right factor, where the weights are the left one; else NULL */
 } NAME(reading);
 
-/* Whether weights may be the left factor of products with few rows. */
-PRODUCT_PART int NAME(weights_go_left)(const mmbal_kernels *kernels, const OPERAND *packed, int64_t depth) {
-    return !packed && kernels->OF_OPERAND(half_tile) && depth % NAME(GROUP) == 0;
+/* Whether weights may be the left factor of products with few rows: even where they are packed, that is faster. */
+PRODUCT_PART int NAME(weights_go_left)(const mmbal_kernels *kernels, int64_t depth) {
+    return kernels->OF_OPERAND(half_tile) && depth % NAME(GROUP) == 0;
 }
 
 /* A step of the depth is short where weights are read in place: what it reads stays in the caches even where the rows

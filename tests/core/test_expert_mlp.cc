@@ -5,6 +5,10 @@
 
 #include "expert_mlp_reference.h"
 
+extern "C" {
+#include "blocks.h"
+}
+
 namespace {
 
 using namespace mmbal_test;
@@ -114,8 +118,15 @@ TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
         ASSERT_TRUE(packed.intact());
         const auto plain = run_forward(p);
         p.packed = packed.data();
-        std::fill(p.w1.begin(), p.w1.end(), TypeParam::store(NAN)); // nothing but the packed weights is read
-        std::fill(p.w2.begin(), p.w2.end(), TypeParam::store(NAN));
+        bool few = false; // an expert whose rows are few reads the weights themselves
+        for (int64_t e = 0; e < s.E; e++) {
+            const int64_t rows = p.offsets[e + 1] - p.offsets[e];
+            few = few || (rows >= LEAST_LEFT && rows <= FEW_ROWS);
+        }
+        if (!few) { // nothing but the packed weights is read
+            std::fill(p.w1.begin(), p.w1.end(), TypeParam::store(NAN));
+            std::fill(p.w2.begin(), p.w2.end(), TypeParam::store(NAN));
+        }
         for_each_pool([&](const std::string &name, const mmbal_pool &threads) {
             const auto got = run_forward(p, threads);
             EXPECT_EQ(got.status, MMBAL_OK);

@@ -40,7 +40,7 @@ help: ## list the commands
 	@echo "             VENV=.venv         the virtual environment; a torch it has is kept"
 	@echo "             TORCH=$(TORCH)  what pip is given where there is no torch"
 	@echo "             ARGS=              more arguments for demo, bench or pytest, such as ARGS=--quick"
-	@echo "             JOBS=$(JOBS)             compilers at once"
+	@echo "             JOBS=$(JOBS)             compilers and processes of tests at once"
 	@echo "             MMBAL_CUDA=0       leave out CUDA though nvcc is there"
 
 .PHONY: demo

@@ -59,7 +59,7 @@ typedef struct mmbal_expert_mlp_inputs {
     const int64_t *permutation; /* [R] */
     const int64_t *offsets;     /* [E + 1] */
     const int64_t *inverse;     /* [N, K] */
-    const void *packed;         /* what mmbal_expert_mlp_pack made of w1 and w2, for a faster forward; or NULL */
+    const void *packed; /* what mmbal_expert_mlp_pack made of the same w1 and w2, for a faster forward; or NULL */
 } mmbal_expert_mlp_inputs;
 
 /* Bytes of the packed weights of E experts; N and K of the shape do not matter, nor does the alignment of the memory. 0

@@ -100,7 +100,8 @@ static void NAME(finish_hidden_gradient)(const NAME(call) * c, block at, int64_t
         if (r + FETCH_AHEAD < last) {
             fetch_span(u + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
             fetch_span(c->dhidden + place + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
-            if (hidden) fetch_span(hidden + FETCH_AHEAD * hidden_stride, at.cols * (int64_t)sizeof(OPERAND));
+            if (hidden && r + FETCH_AHEAD < at.row + at.rows)
+                fetch_span(hidden + FETCH_AHEAD * hidden_stride, at.cols * (int64_t)sizeof(OPERAND));
         }
 #if STORED_IS_REAL
         const REAL *x = u;
@@ -301,11 +302,12 @@ static mmbal_status NAME(backward)(const void *dy, const mmbal_expert_mlp_inputs
         wave.turned[0] = 0;
         for (int64_t e = 1; e < wave.E; e++)
             wave.turned[e] = wave.turned[e - 1] + NAME(whole_lines)(wave.offsets[e] - wave.offsets[e - 1]);
-        const int jointly = NAME(goes_jointly)(&wave);
+        const int jointly = NAME(goes_jointly)(&wave, pool->workers);
         const pass passes[] = {
             {1, NAME(gather_blocks)(&wave), 1, NAME(gather_gradient_task)},
             {jointly, NAME(x_blocks)(&wave) * ceil_div(c.D, c.kernels->OF_OPERAND(tile_cols)), 1, NAME(x_panels_task)},
-            {jointly, NAME(joint_blocks)(&wave), 1, NAME(joint_task)},
+            {jointly, NAME(joint_blocks)(&wave), blocks_per_task(NAME(joint_blocks)(&wave), pool->workers),
+             NAME(joint_task)},
             {jointly && c.db2, wave.E * c.D, ROWS_PER_TASK, NAME(db2_task)},
             {!jointly && hidden_needed, NAME(row_blocks)(&wave, c.F),
              blocks_per_task(NAME(row_blocks)(&wave, c.F), pool->workers), NAME(hidden_gradient_task)},

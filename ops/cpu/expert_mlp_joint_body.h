@@ -40,14 +40,17 @@ static void NAME(joint_workspace)(NAME(call) * c, int workers, arena *from) {
     c->joint = carve(from, workers * NAME(joint_bytes)(c));
 }
 
-/* Whether all experts of a wave that have rows have many, and all gradients of weights are asked for. */
-static int NAME(goes_jointly)(const NAME(call) * wave) {
-    if (!wave->dw1 || !wave->dw2) return 0;
+/* Whether all experts of a wave that have rows have many, there are tasks enough to keep the workers equally busy, and
+ * the gradients of both weights are asked for. */
+static int NAME(goes_jointly)(const NAME(call) * wave, int workers) {
+    int64_t many = 0;
     for (int64_t e = 0; e < wave->E; e++) {
         const int64_t rows = wave->offsets[e + 1] - wave->offsets[e];
         if (rows > 0 && rows <= FEW_ROWS) return 0;
+        many += rows > 0;
     }
-    return 1;
+    const int64_t tasks = many * ceil_div(wave->F, wave->blocking.cols);
+    return wave->dw1 && wave->dw2 && tasks >= 2 * BLOCKS_OF_A_WORKER * (int64_t)workers;
 }
 
 /* The input of an expert's rows from .. as a right factor. */
@@ -207,9 +210,8 @@ static void NAME(joint_columns)(const NAME(call) * c, block whole, fetch next, i
 static mmbal_status NAME(joint_task)(void *context, int worker, int64_t begin, int64_t end) {
     const NAME(call) *c = context;
     for (int64_t index = begin; index < end; index++) {
-        const fetch next = index + 1 < NAME(joint_blocks)(c)
-                               ? NAME(fetch_joint_weights)(c, NAME(joint_block)(c, index + 1))
-                               : (fetch){.rows = 0};
+        const fetch next =
+            index + 1 < end ? NAME(fetch_joint_weights)(c, NAME(joint_block)(c, index + 1)) : (fetch){.rows = 0};
         NAME(joint_columns)(c, NAME(joint_block)(c, index), next, worker);
     }
     return MMBAL_OK;

@@ -10,6 +10,7 @@
 #endif
 #include <time.h>
 
+#include "blocks.h"
 #include "mmbal/expert_mlp.h"
 #include "mmbal/routing.h"
 
@@ -121,9 +122,20 @@ int main(int count, char **arguments) {
             return 1;
     }
     static const char *const forward_names[] = {"gather x", "u = x w1, activation", "o = a w2", "combine"};
+    static const char *const forward_of_few[] = {"gather x", "x as a right factor", "u = x w1, activation", "o = a w2",
+                                                 "combine"};
     static const char *const backward_names[] = {
         "gather and transpose dy, x", "h = g w2, du", "dx = du w1", "dw1, db1", "dw2, db2", "dweights", "combine dx"};
-    print("forward", &forward, 3, forward_names);
-    print("backward", &backward, 5, backward_names);
+    static const char *const backward_of_many[] = {"gather and transpose dy, x",
+                                                   "x as a right factor",
+                                                   "h = g w2, du, dw1, db1, dw2",
+                                                   "db2",
+                                                   "dx = du w1",
+                                                   "dweights",
+                                                   "combine dx"};
+    const int64_t rows = R / E; /* docs/kernels.md: which way experts with so many go */
+    const int few_right = rows >= LEAST_LEFT && rows <= FEW_ROWS;
+    print("forward", &forward, few_right ? 4 : 3, few_right ? forward_of_few : forward_names);
+    print("backward", &backward, 5, rows > FEW_ROWS ? backward_of_many : backward_names);
     return 0;
 }

@@ -50,9 +50,22 @@ struct Problem {
             weights.push_back(pair % 11 == 5 ? 0 : static_cast<Real>(random.uniform(-0.5, 1)));
         indices = random.choices(s.N, s.K, s.E);
         if (s.only_expert >= 0) indices.assign(indices.size(), s.only_expert);
-        permutation.resize(s.N * s.K), inverse.resize(s.N * s.K), offsets.resize(s.E + 1);
-        EXPECT_EQ(mmbal_moe_dispatch(indices.data(), s.N, s.K, s.E, permutation.data(), offsets.data(), inverse.data()),
+        dispatch();
+    }
+
+    void dispatch() {
+        permutation.resize(spec.N * spec.K), inverse.resize(spec.N * spec.K), offsets.resize(spec.E + 1);
+        EXPECT_EQ(mmbal_moe_dispatch(indices.data(), spec.N, spec.K, spec.E, permutation.data(), offsets.data(),
+                                     inverse.data()),
                   MMBAL_OK);
+    }
+
+    // So many tokens to each expert, one after the other; K is 1.
+    void route(const std::vector<int64_t> &rows) {
+        indices.clear();
+        for (int64_t e = 0; e < spec.E; e++) indices.insert(indices.end(), rows[e], e);
+        ASSERT_EQ(static_cast<int64_t>(indices.size()), spec.N);
+        dispatch();
     }
 
     mmbal_expert_mlp_inputs inputs() const {

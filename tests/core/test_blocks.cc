@@ -28,6 +28,7 @@ TEST(Blocks, RowBlocksCoverEveryRowAndColumnOnce) {
             const block b = find_row_block(offsets.data(), most, tile_rows, cols, index);
             ASSERT_TRUE(b.rows >= 1 && b.cols >= 1 && b.cols <= b.stride && b.stride <= FEW_COLS);
             ASSERT_LE(b.rows * b.stride, BLOCK_ELEMENTS);
+            ASSERT_TRUE(!b.few || whole_multiples(32, b.rows) * b.cols <= BLOCK_ELEMENTS); // transposed
             ASSERT_TRUE(!b.few || b.rows <= FEW_ROWS);
             ASSERT_GE(b.row, offsets[b.expert]);
             ASSERT_LE(b.row + b.rows, offsets[b.expert + 1]);

@@ -101,6 +101,8 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasAcrossWavesOfExperts) {
 
 TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenWeightsAreLargeEnoughToBypassTheCaches) {
     expect_both<TypeParam>({.N = 3, .D = 513, .F = 517, .E = 16, .K = 1});
+    // One step of the rows, whole tiles around the caches; most experts have none.
+    expect_both<TypeParam>({.N = 140, .D = 64, .F = 800, .E = 44, .K = 1, .only_expert = 3});
     // Two steps of the rows, and rows longer than a strip.
     expect_both<TypeParam>({.N = 530, .D = 300, .F = 200, .E = 75, .K = 1, .only_expert = 3});
 }
@@ -109,6 +111,7 @@ TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
     for (const Spec &s : {Spec{}, Spec{.N = 70, .D = 1, .F = 1}, Spec{.N = 30, .D = 600, .F = 259, .E = 3},
                           Spec{.N = 700, .D = 19, .F = 200, .E = 3, .K = 2},
                           Spec{.N = 200, .D = 1100, .F = 64, .E = 1, .K = 1}, // several steps of many rows
+                          Spec{.N = 5, .D = 1100, .F = 1091, .E = 1, .K = 1}, // and of few
                           Spec{.N = 150, .D = 67, .F = 1091, .E = 1, .K = 1}}) {
         Problem<TypeParam> p(s);
         const mmbal_pool pool = mmbal_pool_serial();
@@ -203,8 +206,12 @@ TYPED_TEST(ExpertMlp, SeedOffsetAndTensorGiveOtherMasks) {
 // Alone they are passes of their own; together, with many rows an expert, some are taken in one.
 TYPED_TEST(ExpertMlp, GradientAskedForAloneEqualsTheOneAskedForWithAllOthers) {
     const Spec few = {.N = 33, .D = 65, .F = 200, .E = 3, .activation = MMBAL_GELU};
-    const Spec many = {.N = 700, .D = 65, .F = 200, .E = 2, .K = 1, .activation = MMBAL_GELU};
-    for (auto [shape, dropout] : {std::pair{few, 0.0}, {few, 0.3}, {many, 0.0}, {many, 0.3}}) {
+    // In one step of the rows (the second time with whole tiles, on cache lines), and in two of them.
+    const Spec many = {.N = 400, .D = 33, .F = 800, .E = 2, .K = 1, .activation = MMBAL_GELU};
+    const Spec whole = {.N = 400, .D = 64, .F = 800, .E = 2, .K = 1, .activation = MMBAL_GELU};
+    const Spec two_steps = {.N = 1157, .D = 33, .F = 800, .E = 1, .K = 1, .activation = MMBAL_GELU};
+    for (auto [shape, dropout] :
+         {std::pair{few, 0.0}, {few, 0.3}, {many, 0.0}, {many, 0.3}, {whole, 0.0}, {two_steps, 0.0}}) {
         Spec s = shape;
         s.dropout = s.output_dropout = dropout;
         const Problem<TypeParam> p(s);
@@ -252,10 +259,11 @@ TYPED_TEST(ExpertMlp, SameBitsWithAnyPool) {
                           {.N = 1300, .D = 5, .F = 7, .E = 6, .K = 2},
                           // The highest blocks that there are, for one worker and not for five.
                           {.N = 2238, .D = 200, .F = 200, .E = 1, .K = 1},
-                          // Experts with few and with many rows, in one wave or in two.
-                          {.N = 900, .D = 70, .F = 100, .E = 8, .K = 1}};
+                          // Waves with many rows an expert alone, and others, by the number of workers.
+                          {.N = 2170, .D = 30, .F = 800, .E = 8, .K = 1}};
     for (const Spec &s : specs) {
-        const Problem<TypeParam> p(s);
+        Problem<TypeParam> p(s);
+        if (s.E == 8) p.route({40, 400, 400, 300, 30, 600, 200, 200});
         const auto forward = run_forward(p);
         const auto backward = run_backward(p, forward.preactivation);
         ASSERT_EQ(forward.status, MMBAL_OK);

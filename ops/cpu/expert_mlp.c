@@ -38,7 +38,7 @@ enum { BLOCKS_OF_A_WORKER = 4 };
 static blocking blocking_for_balance(blocking most, mmbal_expert_mlp_shape s, const int64_t *offsets, int64_t wave_rows,
                                      int workers) {
     int64_t few = 0;
-    for (int64_t e = 0; e < s.E; e++) few += offsets[e + 1] > offsets[e] && offsets[e + 1] - offsets[e] <= FEW_ROWS;
+    for (int64_t e = 0; e < s.E; e++) few += few_rows(offsets[e + 1] - offsets[e]);
     if (few > 0) most.few_across = ceil_div(BLOCKS_OF_A_WORKER * (int64_t)workers, few);
     const int64_t across = ceil_div(s.D < s.F ? s.D : s.F, most.cols), wanted = 8 * (int64_t)workers;
     enum { LEAST_ROWS = 140 };

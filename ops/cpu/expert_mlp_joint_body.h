@@ -46,7 +46,7 @@ static int NAME(goes_jointly)(const NAME(call) * wave, int workers) {
     int64_t many = 0;
     for (int64_t e = 0; e < wave->E; e++) {
         const int64_t rows = wave->offsets[e + 1] - wave->offsets[e];
-        if (rows > 0 && rows <= FEW_ROWS) return 0;
+        if (few_rows(rows)) return 0;
         many += rows > 0;
     }
     const int64_t tasks = many * ceil_div(wave->F, wave->blocking.cols);
@@ -195,7 +195,7 @@ static void NAME(joint_columns)(const NAME(call) * c, block whole, fetch next, i
             db1[f] = NAME(sum)(c->kernels, db1[f], at.rows, s.turned + f * NAME(row_stride)(most));
         NAME(joint_dw1)(c, at, s.turned, NAME(x_panels_of)(c, at.expert, from), dw1_sums, dw1_stride, result);
         const int last = from + at.rows == count;
-        NAME(joint_dw2)(c, at, from, scratch->b, dw2_sums, dw2_stride, result, last ? next : (fetch){.rows = 0});
+        NAME(joint_dw2)(c, at, from, scratch->b, dw2_sums, dw2_stride, result, last ? next : (fetch){.groups = 0});
         result = TILE_ADD;
         from += at.rows;
     } while (from < count);
@@ -211,7 +211,7 @@ static mmbal_status NAME(joint_task)(void *context, int worker, int64_t begin, i
     const NAME(call) *c = context;
     for (int64_t index = begin; index < end; index++) {
         const fetch next =
-            index + 1 < end ? NAME(fetch_joint_weights)(c, NAME(joint_block)(c, index + 1)) : (fetch){.rows = 0};
+            index + 1 < end ? NAME(fetch_joint_weights)(c, NAME(joint_block)(c, index + 1)) : (fetch){.groups = 0};
         NAME(joint_columns)(c, NAME(joint_block)(c, index), next, worker);
     }
     return MMBAL_OK;

@@ -9,14 +9,17 @@
 #include "blocks.h"
 
 enum {
-    FETCH_AHEAD = 8, /* rows that packing and epilogues have on the way from memory */
-    FETCH_STEPS = 4  /* of its depth that a tile takes between two fetches */
+    FETCH_AHEAD = 8,  /* rows that packing and epilogues have on the way from memory */
+    FETCH_STEPS = 4,  /* of its depth that a tile takes between two fetches */
+    ROWS_TOGETHER = 4 /* pages that a core looks up at once */
 };
 
+/* `lines` cache lines, step bytes apart, `rows` times, and all of that as many times as there are groups. */
 typedef struct fetch {
     const char *line;          /* the next one */
-    int64_t lines, left, rows; /* cache lines of a row, those left of this one, rows left */
-    int64_t gap;               /* bytes from behind the last line of a row to the next row */
+    int64_t step, lines, left; /* left: of this row */
+    int64_t gap, rows, below;  /* bytes from behind the last line of a row to the next row; rows left of this group */
+    int64_t group_gap, groups; /* the same between groups; groups left */
     int64_t pace;              /* lines for each FETCH_STEPS of the steps that they are spread over */
 } fetch;
 
@@ -26,12 +29,28 @@ typedef struct fetches {
 } fetches;
 
 static inline fetch make_fetch(const void *first, int64_t stride, int64_t rows, int64_t width) {
-    const int64_t lines = ceil_div(width, CACHE_LINE);
-    const fetch made = {(const char *)first, lines, lines, lines > 0 ? rows : 0, stride - lines * CACHE_LINE, 0};
+    const int64_t lines = ceil_div(width, CACHE_LINE), gap = stride - lines * CACHE_LINE;
+    const fetch made = {(const char *)first, CACHE_LINE, lines, lines, gap, rows, rows, 0, lines > 0 && rows > 0, 0};
     return made;
 }
 
-static inline int64_t lines_left(const fetch *f) { return f->rows > 0 ? (f->rows - 1) * f->lines + f->left : 0; }
+/* The same rows in groups of ROWS_TOGETHER, a line of each in turn: as many pages are under way as a core looks up at
+ * once, and each is read from end to end. Rows that follow one another without a gap are taken as pages. What is left
+ * of less than a group is not fetched. */
+static inline fetch fetch_together(fetch f) {
+    const int64_t page = 4096;
+    int64_t rows = f.rows, lines = f.lines, stride = lines * CACHE_LINE + f.gap;
+    if (f.gap == 0) rows = rows * stride / page, lines = page / CACHE_LINE, stride = page;
+    if (rows < ROWS_TOGETHER || f.groups == 0) return f;
+    const int64_t back = CACHE_LINE - ROWS_TOGETHER * stride, onward = ROWS_TOGETHER * stride - lines * CACHE_LINE;
+    const fetch made = {f.line, stride, ROWS_TOGETHER, ROWS_TOGETHER,        back,
+                        lines,  lines,  onward,        rows / ROWS_TOGETHER, 0};
+    return made;
+}
+
+static inline int64_t lines_left(const fetch *f) {
+    return f->groups > 0 ? ((f->groups - 1) * f->rows + f->below - 1) * f->lines + f->left : 0;
+}
 
 /* Spreads the lines that are left over so many steps. */
 static inline void set_pace(fetch *f, int64_t steps) {
@@ -53,19 +72,22 @@ static inline void fetch_span(const void *first, int64_t bytes) {
 
 static inline const char *next_line(fetch *f) {
     const char *line = f->line;
-    f->line += CACHE_LINE;
-    if (--f->left == 0) f->left = f->lines, f->rows--, f->line += f->gap;
+    f->line += f->step;
+    if (--f->left == 0) {
+        f->left = f->lines, f->line += f->gap;
+        if (--f->below == 0) f->below = f->rows, f->line += f->group_gap, f->groups--;
+    }
     return line;
 }
 
 /* The next `count` lines into the second-level cache: what another step of the depth reads. */
 static inline void fetch_lines(fetch *f, int64_t count) {
-    for (; count > 0 && f->rows > 0; count--) __builtin_prefetch(next_line(f), 0, 2);
+    for (; count > 0 && f->groups > 0; count--) __builtin_prefetch(next_line(f), 0, 2);
 }
 
 /* The same into the first-level cache: what is read at once. */
 static inline void fetch_lines_now(fetch *f, int64_t count) {
-    for (; count > 0 && f->rows > 0; count--) __builtin_prefetch(next_line(f), 0, 3);
+    for (; count > 0 && f->groups > 0; count--) __builtin_prefetch(next_line(f), 0, 3);
 }
 
 /* What a tile does before each FETCH_STEPS of its depth. */

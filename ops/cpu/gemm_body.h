@@ -135,7 +135,7 @@ PRODUCT_PART NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME
                                               int64_t step_of_many, const OPERAND *columns) {
     NAME(reading) r = {b, place, depth, step_of_many, 0, NULL};
     if (!place.few) return r;
-    if (columns && go_right(place.rows)) {
+    if (columns) {
         const int64_t row_bytes = NAME(columns_of)(kernels, place.rows) * (int64_t)sizeof(OPERAND);
         const int64_t fits = OPERAND_IS_STORED ? COLUMNS_BYTES / row_bytes : NAME(MOST_DEPTH);
         r.columns = columns, r.step = NAME(whole_lines)(ceil_div(depth, ceil_div(depth, fits)));
@@ -147,9 +147,17 @@ PRODUCT_PART NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME
     return r;
 }
 
-/* Columns of the weights' block that a tile takes as its rows. */
-PRODUCT_PART int64_t NAME(left_height)(const mmbal_kernels *kernels, int64_t cols) {
-    return ceil_div(cols, ceil_div(cols, kernels->OF_OPERAND(tile_rows)));
+/* Where the weights are the left factor, tile i of a block takes rows i, i + tiles, i + 2 tiles .. of it: memory is
+ * read as some streams, each from end to end, which a core fetches ahead by itself. */
+PRODUCT_PART int64_t NAME(left_tiles)(const mmbal_kernels *kernels, int64_t cols) {
+    return ceil_div(cols, kernels->OF_OPERAND(tile_rows));
+}
+
+/* What tile i reads in the step of the depth that begins at `from`. */
+PRODUCT_PART fetch NAME(fetch_left)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t i, int64_t from) {
+    const int64_t tiles = NAME(left_tiles)(kernels, r->place.cols), size = (int64_t)sizeof(STORED);
+    return make_fetch(r->b.data + (r->place.col + i) * r->b.stride + from, tiles * r->b.stride * size,
+                      ceil_div(r->place.cols - i, tiles), least(r->step, r->depth - from) * size);
 }
 
 /* The panels of the step that begins at `from`, where all of an expert's lie packed. */
@@ -163,9 +171,7 @@ PRODUCT_PART NAME(panels) NAME(packed_step)(const mmbal_kernels *kernels, const 
 /* What a block reads of memory in the step of its depth that begins at `from`. */
 PRODUCT_PART fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(reading) * r, int64_t from) {
     const int64_t deep = least(r->step, r->depth - from), size = (int64_t)sizeof(STORED);
-    if (r->columns)
-        return make_fetch(r->b.data + r->place.col * r->b.stride + from, r->b.stride * size,
-                          NAME(left_height)(kernels, r->place.cols), deep * size);
+    if (r->columns) return NAME(fetch_left)(kernels, r, 0, from);
     if (r->b.packed) {
         const NAME(panels) step = NAME(packed_step)(kernels, r, from);
         const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), bytes = tile_cols * (int64_t)sizeof(OPERAND);
@@ -175,8 +181,10 @@ PRODUCT_PART fetch NAME(fetch_step)(const mmbal_kernels *kernels, const NAME(rea
     if (r->b.transposed)
         return make_fetch(r->b.data + r->place.col * r->b.stride + from, r->b.stride * size, r->place.cols,
                           deep * size);
-    return make_fetch(r->b.data + from * r->b.stride + r->place.col, r->b.stride * size,
-                      least(deep, rows_that_stay(r->b.stride * size)), r->place.cols * size);
+    const fetch rows = make_fetch(r->b.data + from * r->b.stride + r->place.col, r->b.stride * size,
+                                  least(deep, rows_that_stay(r->b.stride * size)), r->place.cols * size);
+    const int64_t together = r->in_place ? TOGETHER_IN_PLACE : TOGETHER_PACKED;
+    return r->place.few && r->place.rows <= together ? fetch_together(rows) : rows;
 }
 
 /* With few rows every panel is read once, when its turn comes: in place, packed before, or packed now. */
@@ -217,42 +225,42 @@ PRODUCT_PART void NAME(multiply_many)(const mmbal_kernels *kernels, const NAME(r
                           r->place.stride, result, ahead);
 }
 
-/* Few rows against weights that lie transposed: the weights are the left factor, read row by row where they lie, and
- * what comes out is turned in the end. So no weight is packed, and memory is read from end to end. */
+/* Few rows against weights that lie transposed: the weights are the left factor, read where they lie, and what comes
+ * out is turned in the end. So no weight is packed. Weights that are converted on the way are fetched by the tiles
+ * before: a row that is converted at once is no stream that a core could follow. */
 PRODUCT_PART void NAME(multiply_left)(const mmbal_kernels *kernels, const NAME(reading) * r, const NAME(reading) * next,
                                       NAME(scratch) * s) {
     const block at = r->place;
     const int64_t tile_cols = kernels->OF_OPERAND(tile_cols), columns = NAME(columns_of)(kernels, at.rows);
-    const int64_t height = NAME(left_height)(kernels, at.cols);
+    const int64_t tiles = NAME(left_tiles)(kernels, at.cols);
     for (int64_t from = 0; from < r->depth; from += r->step) {
         const int64_t deep = least(r->step, r->depth - from);
-        const int64_t steps = ceil_div(columns, tile_cols) * (deep / NAME(GROUP));
-        for (int64_t i = 0; i < at.cols; i += height) {
-            const int64_t here = least(height, at.cols - i);
+        for (int64_t i = 0; i < tiles; i++) {
+            const int64_t here = ceil_div(at.cols - i, tiles);
             const STORED *weights = r->b.data + (at.col + i) * r->b.stride + from;
             fetches ahead = {.later = {.pace = 0}};
-            if (i + height < at.cols)
-                ahead.later = make_fetch(weights + height * r->b.stride, r->b.stride * (int64_t)sizeof(STORED),
-                                         least(height, at.cols - i - height), deep * (int64_t)sizeof(STORED));
+#if OPERAND_IS_STORED
+            (void)next;
+            const OPERAND *left = weights;
+            const int64_t left_stride = tiles * r->b.stride;
+#else
+            if (i + 1 < tiles)
+                ahead.later = NAME(fetch_left)(kernels, r, i + 1, from);
             else if (from + deep < r->depth)
-                ahead.later = NAME(fetch_step)(kernels, r, from + deep);
+                ahead.later = NAME(fetch_left)(kernels, r, 0, from + deep);
             else if (next)
                 ahead.later = NAME(fetch_step)(kernels, next, 0);
-            set_pace(&ahead.later, steps);
-#if OPERAND_IS_STORED
-            const OPERAND *left = weights;
-            const int64_t left_stride = r->b.stride;
-#else
+            set_pace(&ahead.later, ceil_div(columns, tile_cols) * (deep / NAME(GROUP)));
             const OPERAND *left = s->b;
             const int64_t left_stride = NAME(row_stride)(NAME(MOST_DEPTH));
             for (int64_t k = 0; k < here; k++)
-                NAME(stored_to_operands)(kernels, deep, weights + k * r->b.stride, s->b + k * left_stride);
+                NAME(stored_to_operands)(kernels, deep, weights + k * tiles * r->b.stride, s->b + k * left_stride);
 #endif
             for (int64_t j = 0; j < columns; j += tile_cols) {
                 const int64_t width = least(tile_cols, columns - j);
                 (width == tile_cols ? kernels->OF_OPERAND(tile) : kernels->OF_OPERAND(half_tile))(
                     (int)here, deep, left, left_stride, r->columns + j * r->depth + from * width, width * NAME(GROUP),
-                    s->turned + i * columns + j, columns, from > 0 ? TILE_ADD : TILE_SET, &ahead);
+                    s->turned + i * columns + j, tiles * columns, from > 0 ? TILE_ADD : TILE_SET, &ahead);
             }
         }
     }

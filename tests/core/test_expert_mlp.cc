@@ -124,7 +124,7 @@ TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
         bool few = false; // an expert whose rows are few reads the weights themselves
         for (int64_t e = 0; e < s.E; e++) {
             const int64_t rows = p.offsets[e + 1] - p.offsets[e];
-            few = few || go_right(rows);
+            few = few || few_rows(rows);
         }
         if (!few) { // nothing but the packed weights is read
             std::fill(p.w1.begin(), p.w1.end(), TypeParam::store(NAN));

@@ -120,4 +120,36 @@ TEST(Fetch, LinesAreThoseOfTheRowsInTheirOrder) {
     EXPECT_EQ(lines_left(&ahead), 0);
 }
 
+// A line of each of four rows in turn, then the next lines, then the next four rows.
+TEST(Fetch, TogetherTakesALineOfFourRowsInTurn) {
+    const std::vector<char> memory(12 * 1000);
+    fetch ahead = fetch_together(make_fetch(memory.data(), 1000, 11, 130));
+    EXPECT_EQ(lines_left(&ahead), 8 * 3);
+    for (int64_t group : {0, 4})
+        for (int64_t line = 0; line < 3; line++)
+            for (int64_t row = group; row < group + 4; row++)
+                EXPECT_EQ(next_line(&ahead) - memory.data(), 1000 * row + CACHE_LINE * line) << row << ", " << line;
+    EXPECT_EQ(lines_left(&ahead), 0);
+}
+
+TEST(Fetch, TogetherTakesRowsWithoutGapsAsPages) {
+    const std::vector<char> memory(24 * 1024);
+    fetch ahead = fetch_together(make_fetch(memory.data(), 3072, 8, 3072)); // six pages
+    EXPECT_EQ(lines_left(&ahead), 4 * 64);
+    for (int64_t line = 0; line < 64; line++)
+        for (int64_t page = 0; page < 4; page++)
+            EXPECT_EQ(next_line(&ahead) - memory.data(), 4096 * page + CACHE_LINE * line) << page << ", " << line;
+    EXPECT_EQ(lines_left(&ahead), 0);
+}
+
+TEST(Fetch, TogetherLeavesFewerRowsThanAGroupAsTheyWere) {
+    const std::vector<char> memory(4096);
+    fetch ahead = fetch_together(make_fetch(memory.data(), 1000, 3, 130));
+    for (int64_t row = 0; row < 3; row++)
+        for (int64_t line = 0; line < 3; line++)
+            EXPECT_EQ(next_line(&ahead) - memory.data(), 1000 * row + CACHE_LINE * line) << row << ", " << line;
+    fetch nothing = fetch_together(fetch{});
+    EXPECT_EQ(lines_left(&nothing), 0);
+}
+
 } // namespace

@@ -1,5 +1,7 @@
 // Memory that the operators keep for the next call.
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 
 #include "helpers.h"
@@ -23,6 +25,27 @@ TEST(KeptMemory, WhatIsTakenIsLargeEnoughAndBeginsOnALargePage) {
         std::memset(block.data, 1, static_cast<size_t>(block.bytes)); // AddressSanitizer watches
         memory.give(block);
     }
+}
+
+// What was freed to the heap lies in small pages for good; half a gradient in them made a step half again as long.
+TEST(KeptMemory, ANewBlockIsNotWhatTheHeapHasLeft) {
+    constexpr size_t PIECE = 64 << 10;
+    std::free(std::malloc(15 * PAGE)); // glibc's heap serves requests of this size from now on
+    std::vector<void *> pieces(40 * PAGE / PIECE);
+    for (void *&piece : pieces) {
+        piece = std::malloc(PIECE);
+        ASSERT_NE(piece, nullptr);
+        std::memset(piece, 1, PIECE);
+    }
+    for (size_t i = 0; i + 1 < pieces.size(); i++) std::free(pieces[i]); // the last one keeps the heap from shrinking
+
+    KeptMemory memory(100 * PAGE);
+    const Block block = memory.take(10 * PAGE);
+    ASSERT_NE(block.data, nullptr);
+    const auto *bytes = static_cast<const char *>(block.data);
+    EXPECT_EQ(std::count(bytes, bytes + block.bytes, 0), block.bytes);
+    memory.give(block);
+    std::free(pieces.back());
 }
 
 TEST(KeptMemory, WhatIsGivenBackIsTakenAgain) {

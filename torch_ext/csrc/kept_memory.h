@@ -27,6 +27,33 @@ inline void ask_for_large_pages(void *data, int64_t bytes) {
 #endif
 }
 
+// Whole large pages that nobody has written to, or NULL. Not from the heap: what somebody has freed there may lie in
+// small pages, and stays so whatever is asked for.
+inline void *fresh_pages(int64_t bytes) {
+    constexpr uintptr_t LARGE = uintptr_t{2} << 20;
+    const auto size = static_cast<size_t>(bytes);
+#if defined __linux__
+    void *mapped = mmap(nullptr, size + LARGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) return nullptr;
+    const auto begin = reinterpret_cast<uintptr_t>(mapped), first = (begin + LARGE - 1) / LARGE * LARGE;
+    if (first > begin) munmap(mapped, first - begin);
+    if (first < begin + LARGE) munmap(reinterpret_cast<void *>(first + size), begin + LARGE - first);
+    ask_for_large_pages(reinterpret_cast<void *>(first), bytes);
+    return reinterpret_cast<void *>(first);
+#else
+    return std::aligned_alloc(LARGE, size);
+#endif
+}
+
+inline void free_pages(void *data, int64_t bytes) {
+#if defined __linux__
+    if (data) munmap(data, static_cast<size_t>(bytes));
+#else
+    (void)bytes;
+    std::free(data);
+#endif
+}
+
 struct Block {
     void *data = nullptr;
     int64_t bytes = 0;
@@ -63,12 +90,11 @@ public:
                 return {found.data, found.bytes};
             }
         }
-        Block made = {std::aligned_alloc(static_cast<size_t>(PAGE), static_cast<size_t>(wanted)), wanted};
+        Block made = {fresh_pages(wanted), wanted};
         if (!made.data) { // what is kept may be in the way
             free_all();
-            made.data = std::aligned_alloc(static_cast<size_t>(PAGE), static_cast<size_t>(wanted));
+            made.data = fresh_pages(wanted);
         }
-        ask_for_large_pages(made.data, wanted);
         return made;
     }
 
@@ -83,13 +109,13 @@ public:
             }
         } catch (const std::bad_alloc &) { // freed below like one above the limit
         }
-        std::free(block.data);
+        free_pages(block.data, block.bytes);
         for (Block &oldest : blocks_)
             if (not_offered_ > at_hand_ && !oldest.offered) offer(&oldest);
         while (total_ > limit_) {
             total_ -= blocks_.front().bytes;
             if (!blocks_.front().offered) not_offered_ -= blocks_.front().bytes;
-            std::free(blocks_.front().data);
+            free_pages(blocks_.front().data, blocks_.front().bytes);
             blocks_.erase(blocks_.begin());
         }
     }
@@ -115,7 +141,7 @@ private:
 
     void free_all() {
         const std::lock_guard<std::mutex> lock(mutex_);
-        for (const Block &each : blocks_) std::free(each.data);
+        for (const Block &each : blocks_) free_pages(each.data, each.bytes);
         blocks_.clear();
         total_ = not_offered_ = 0;
     }

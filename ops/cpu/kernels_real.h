@@ -197,10 +197,16 @@ static void NAME(add)(int64_t n, const REAL *restrict addend, REAL *restrict sum
 }
 
 static REAL NAME(sum)(int64_t n, const REAL *a) {
-    REAL side[NAME(CHUNK)] = {0};
+    enum { VECTORS_SIDE_BY_SIDE = NAME(CHUNK) / NAME(LANES) };
+    union {
+        NAME(vector) vectors[VECTORS_SIDE_BY_SIDE];
+        REAL side[NAME(CHUNK)];
+    } sums = {{{0}}};
     int64_t i = 0;
     for (; i + NAME(CHUNK) <= n; i += NAME(CHUNK))
-        for (int k = 0; k < NAME(CHUNK); k++) side[k] += a[i + k];
-    for (int k = 0; i < n; i++, k++) side[k] += a[i];
-    return NAME(sum_of_chunk)(side);
+        for (int v = 0; v < VECTORS_SIDE_BY_SIDE; v++) sums.vectors[v] += NAME(load)(a + i + v * NAME(LANES));
+    const int64_t whole = i;
+    for (; i + NAME(LANES) <= n; i += NAME(LANES)) sums.vectors[(i - whole) / NAME(LANES)] += NAME(load)(a + i);
+    for (; i < n; i++) sums.side[i - whole] += a[i];
+    return NAME(sum_of_chunk)(sums.side);
 }

@@ -90,11 +90,16 @@ static REAL NAME(dot)(int64_t n, const REAL *a, const REAL *b) {
 
 /* start and the sum of a, by pieces of SUM_PIECE: so it may be cut there. */
 static REAL NAME(sum)(const mmbal_kernels *kernels, REAL start, int64_t n, const OPERAND *a) {
-    REAL sum = start, line[SUM_PIECE];
+    REAL sum = start;
     for (int64_t from = 0; from < n; from += SUM_PIECE) {
         const int64_t here = least(SUM_PIECE, n - from);
+#if STORED_IS_REAL || !OPERAND_IS_STORED /* operands are REAL */
+        sum += kernels->OF_REAL(sum)(here, a + from);
+#else
+        REAL line[SUM_PIECE];
         NAME(from_operands)(kernels, here, a + from, line);
         sum += kernels->OF_REAL(sum)(here, line);
+#endif
     }
     return sum;
 }

@@ -10,13 +10,13 @@
 typedef struct blocking {
     int64_t rows, cols, depth_bytes;
     int64_t few_across; /* blocks that the columns of an expert with few rows are cut into, at least; 0: as others */
-    int64_t few_cols;   /* the widest block of few rows: FEW_COLS or BLOCK_COLS */
+    int64_t wide_from;  /* blocks of few rows are FEW_COLS wide from this many rows on, else BLOCK_COLS */
 } blocking;
 
 /* For caches of 32 KiB and 1 MiB, and for 48 KiB and 2 MiB: higher blocks pack a factor less often, and deeper steps
  * read and write their sums less often. Both need the same scratch memory. */
-#define BLOCKING_OF_SMALL_CACHES ((blocking){560, 192, 1024, 1, FEW_COLS})
-#define BLOCKING_OF_LARGE_CACHES ((blocking){1120, 96, 2048, 1, FEW_COLS})
+#define BLOCKING_OF_SMALL_CACHES ((blocking){560, 192, 1024, 1, 1})
+#define BLOCKING_OF_LARGE_CACHES ((blocking){1120, 96, 2048, 1, 1})
 
 /* Columns are multiples of every tile's. Rows are finished by strips of at most BLOCK_COLS columns. */
 enum { BLOCK_COLS = 192, BLOCK_ELEMENTS = 560 * BLOCK_COLS, PANEL_BYTES = 1024 * BLOCK_COLS, MOST_DEPTH_BYTES = 2048 };
@@ -24,7 +24,7 @@ enum { BLOCK_COLS = 192, BLOCK_ELEMENTS = 560 * BLOCK_COLS, PANEL_BYTES = 1024 *
 /* An expert of at most this many rows has one block of rows and goes panel by panel, by steps of FEW_DEPTH_BYTES. Where
  * nothing is packed its blocks are wide: every piece that a row of the weights is read in costs another look at its
  * page. */
-enum { FEW_ROWS = 128, FEW_COLS = 1024, FEW_DEPTH_BYTES = 1024 };
+enum { FEW_ROWS = 128, FEW_COLS = 5 * BLOCK_COLS, FEW_DEPTH_BYTES = 1024 };
 
 /* Up to so many rows of an expert some rows of its weights are fetched together (fetch.h), where they are read in place
  * and where they are packed. Beyond, lines are fetched so seldom that one row after the other is faster (measured at
@@ -32,8 +32,9 @@ enum { FEW_ROWS = 128, FEW_COLS = 1024, FEW_DEPTH_BYTES = 1024 };
 enum { TOGETHER_IN_PLACE = 96, TOGETHER_PACKED = 24 };
 
 /* Few rows are the right factor of products with weights that lie transposed: so no weight need be packed. A step of
- * their depth, COLUMNS_BYTES, stays in the second-level cache while the weights pass by. */
-enum { COLUMNS_BYTES = 512 << 10 };
+ * their depth, COLUMNS_BYTES, stays in the second-level cache while the weights pass by. It takes as long as with 16
+ * rows, so it is done from as many rows on as it is faster from: with the weights as they are, converted, by pairs. */
+enum { COLUMNS_BYTES = 512 << 10, LEAST_RIGHT = 1, LEAST_RIGHT_CONVERTED = 4, LEAST_RIGHT_PAIRS = 9 };
 
 static inline int few_rows(int64_t rows_of_expert) { return rows_of_expert > 0 && rows_of_expert <= FEW_ROWS; }
 
@@ -65,7 +66,8 @@ static inline int64_t whole_multiples(int64_t of, int64_t number) { return ceil_
 
 /* Columns of a block of few rows; the rows may stand in panels of 32 columns. */
 static inline int64_t few_width(int64_t rows, blocking most, int64_t cols) {
-    const int64_t room = least(most.few_cols, BLOCK_ELEMENTS / whole_multiples(32, rows)) / BLOCK_COLS * BLOCK_COLS;
+    const int64_t widest = rows >= most.wide_from ? (int64_t)FEW_COLS : (int64_t)BLOCK_COLS;
+    const int64_t room = least(widest, BLOCK_ELEMENTS / whole_multiples(32, rows)) / BLOCK_COLS * BLOCK_COLS;
     const int64_t pieces = ceil_div(cols, room), across = pieces > most.few_across ? pieces : most.few_across;
     return least(whole_multiples(BLOCK_COLS, ceil_div(cols, across)), room);
 }

@@ -164,7 +164,7 @@ static int64_t NAME(count_columns)(const mmbal_kernels *kernels, const int64_t *
     for (int64_t e = first; e < last; e++) {
         const int64_t rows = offsets[e + 1] - offsets[e];
         if (before) before[e - first] = count;
-        if (few_rows(rows)) count += NAME(columns_of)(kernels, rows);
+        if (NAME(go_right)(rows)) count += NAME(columns_of)(kernels, rows);
     }
     if (before) before[last - first] = count;
     return count;

@@ -78,7 +78,7 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
         const block at = NAME(multiply_block)(c, &product, index, end, s);
         for (int64_t left = 0; left < at.cols; left += BLOCK_COLS) {
             const block strip = strip_of(at, left);
-            if (c->hidden_columns && at.few) { /* as a right factor alone */
+            if (c->hidden_columns && at.few && NAME(go_right)(at.rows)) { /* as a right factor alone */
                 NAME(finish_hidden)(c, strip, s->c + left, s->b, BLOCK_COLS);
                 NAME(pack_few)(c, s->b, BLOCK_COLS, at.expert, c->F, strip.col, strip.cols, c->hidden_columns);
             } else {
@@ -137,7 +137,7 @@ static mmbal_status NAME(forward)(const mmbal_expert_mlp_inputs *inputs, mmbal_e
     c.y = y, c.kept_preactivation = preactivation;
     if (!NAME(weights_go_left)(c.kernels, c.D)) c.input_columns = NULL;
     if (!NAME(weights_go_left)(c.kernels, c.F)) c.hidden_columns = NULL;
-    if (!c.input_columns || !c.hidden_columns) c.row_blocking.few_cols = BLOCK_COLS;
+    c.row_blocking.wide_from = c.input_columns && c.hidden_columns ? NAME(FEWEST_RIGHT) : FEW_ROWS + 1;
     mmbal_status status = MMBAL_OK;
     for (int64_t first = 0, last; first < c.E && status == MMBAL_OK; first = last) {
         last = wave_end(c.offsets, c.E, first, pool->workers);

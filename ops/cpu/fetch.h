@@ -35,8 +35,9 @@ static inline fetch make_fetch(const void *first, int64_t stride, int64_t rows, 
 }
 
 /* The same rows in groups of ROWS_TOGETHER, a line of each in turn: as many pages are under way as a core looks up at
- * once, and each is read from end to end. Rows that follow one another without a gap are taken as pages. What is left
- * of less than a group is not fetched. */
+ * once, and each is read from end to end. Rows that follow one another without a gap are taken in pieces as long as
+ * a page. What is left of less than a group is not fetched: a step of 64 rows leaves nothing, or less than it reads of
+ * the next one. */
 static inline fetch fetch_together(fetch f) {
     const int64_t page = 4096;
     int64_t rows = f.rows, lines = f.lines, stride = lines * CACHE_LINE + f.gap;

@@ -124,6 +124,10 @@ typedef struct {
     const OPERAND *columns; /* the rows of a as a right factor, where the weights are the left one; else NULL */
 } NAME(reading);
 
+PRODUCT_PART int NAME(go_right)(int64_t rows_of_expert) {
+    return rows_of_expert >= NAME(FEWEST_RIGHT) && few_rows(rows_of_expert);
+}
+
 /* Whether weights may be the left factor of products with few rows: even where they are packed, that is faster. */
 PRODUCT_PART int NAME(weights_go_left)(const mmbal_kernels *kernels, int64_t depth) {
     return kernels->OF_OPERAND(half_tile) && depth % NAME(GROUP) == 0;
@@ -135,7 +139,7 @@ PRODUCT_PART NAME(reading) NAME(read_weights)(const mmbal_kernels *kernels, NAME
                                               int64_t step_of_many, const OPERAND *columns) {
     NAME(reading) r = {b, place, depth, step_of_many, 0, NULL};
     if (!place.few) return r;
-    if (columns) {
+    if (columns && NAME(go_right)(place.rows)) {
         const int64_t row_bytes = NAME(columns_of)(kernels, place.rows) * (int64_t)sizeof(OPERAND);
         const int64_t fits = OPERAND_IS_STORED ? COLUMNS_BYTES / row_bytes : NAME(MOST_DEPTH);
         r.columns = columns, r.step = NAME(whole_lines)(ceil_div(depth, ceil_div(depth, fits)));

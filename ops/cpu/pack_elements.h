@@ -3,6 +3,7 @@
 /* GROUP: elements of the depth that lie side by side in a panel. At most ROWS_IN_PLACE rows read weights that lie row
  * by row where they lie: packing would take longer than it saves. */
 enum { NAME(GROUP) = 1, NAME(ROWS_IN_PLACE) = 128, NAME(TURNED_AT_ONCE) = 16 };
+enum { NAME(FEWEST_RIGHT) = OPERAND_IS_STORED ? LEAST_RIGHT : LEAST_RIGHT_CONVERTED };
 
 static inline int64_t NAME(packed_depth)(int64_t depth) { return depth; }
 

@@ -2,7 +2,7 @@
  * that a panel is [pairs, panel_cols] words. An odd depth ends in a pair with a zero. See gemm_body.h. */
 
 /* As in pack_elements.h; every tile that reads in place interleaves again, so that fewer rows are worth it. */
-enum { NAME(GROUP) = 2, NAME(ROWS_IN_PLACE) = 16 };
+enum { NAME(GROUP) = 2, NAME(ROWS_IN_PLACE) = 16, NAME(FEWEST_RIGHT) = LEAST_RIGHT_PAIRS };
 
 static inline int64_t NAME(packed_depth)(int64_t depth) { return (depth + 1) / 2 * 2; }
 

@@ -99,6 +99,11 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasAcrossWavesOfExperts) {
     expect_both<TypeParam>({.N = 1100, .D = 3, .F = 4, .E = 3, .K = 1, .only_expert = 1});
 }
 
+TYPED_TEST(ExpertMlp, FollowsItsFormulasWhereManyExpertsHaveVeryFewRowsInWideBlocks) {
+    expect_both<TypeParam>({.N = 23, .D = 67, .F = 1931, .E = 10, .K = 2});
+    expect_both<TypeParam>({.N = 23, .D = 1931, .F = 67, .E = 10, .K = 2});
+}
+
 TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenWeightsAreLargeEnoughToBypassTheCaches) {
     expect_both<TypeParam>({.N = 3, .D = 513, .F = 517, .E = 16, .K = 1});
     // One step of the rows, whole tiles around the caches; most experts have none.
@@ -111,7 +116,7 @@ TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
     for (const Spec &s : {Spec{}, Spec{.N = 70, .D = 1, .F = 1}, Spec{.N = 30, .D = 600, .F = 259, .E = 3},
                           Spec{.N = 700, .D = 19, .F = 200, .E = 3, .K = 2},
                           Spec{.N = 200, .D = 1100, .F = 64, .E = 1, .K = 1}, // several steps of many rows
-                          Spec{.N = 5, .D = 1100, .F = 1091, .E = 1, .K = 1}, // and of few
+                          Spec{.N = 3, .D = 1100, .F = 1091, .E = 1, .K = 1}, // and of few
                           Spec{.N = 150, .D = 67, .F = 1091, .E = 1, .K = 1}}) {
         Problem<TypeParam> p(s);
         const mmbal_pool pool = mmbal_pool_serial();
@@ -121,12 +126,13 @@ TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
         ASSERT_TRUE(packed.intact());
         const auto plain = run_forward(p);
         p.packed = packed.data();
-        bool few = false; // an expert whose rows are few reads the weights themselves
+        const int64_t least_right = sizeof p.w1[0] > 2 ? LEAST_RIGHT : LEAST_RIGHT_CONVERTED;
+        bool themselves = false; // few rows that are the right factor read the weights themselves
         for (int64_t e = 0; e < s.E; e++) {
             const int64_t rows = p.offsets[e + 1] - p.offsets[e];
-            few = few || few_rows(rows);
+            themselves = themselves || (few_rows(rows) && rows >= least_right);
         }
-        if (!few) { // nothing but the packed weights is read
+        if (!themselves) { // nothing but the packed weights is read
             std::fill(p.w1.begin(), p.w1.end(), TypeParam::store(NAN));
             std::fill(p.w2.begin(), p.w2.end(), TypeParam::store(NAN));
         }

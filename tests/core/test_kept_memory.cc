@@ -30,7 +30,6 @@ TEST(KeptMemory, WhatIsTakenIsLargeEnoughAndBeginsOnALargePage) {
 // What was freed to the heap lies in small pages for good; half a gradient in them made a step half again as long.
 TEST(KeptMemory, ANewBlockIsNotWhatTheHeapHasLeft) {
     constexpr size_t PIECE = 64 << 10;
-    std::free(std::malloc(15 * PAGE)); // glibc's heap serves requests of this size from now on
     std::vector<void *> pieces(40 * PAGE / PIECE);
     for (void *&piece : pieces) {
         piece = std::malloc(PIECE);

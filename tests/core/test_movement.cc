@@ -148,6 +148,9 @@ TEST(Fetch, TogetherLeavesFewerRowsThanAGroupAsTheyWere) {
     for (int64_t row = 0; row < 3; row++)
         for (int64_t line = 0; line < 3; line++)
             EXPECT_EQ(next_line(&ahead) - memory.data(), 1000 * row + CACHE_LINE * line) << row << ", " << line;
+    EXPECT_EQ(lines_left(&ahead), 0);
+    fetch three_pages = fetch_together(make_fetch(memory.data(), 1024, 12, 1024));
+    EXPECT_EQ(lines_left(&three_pages), 12 * 16);
     fetch nothing = fetch_together(fetch{});
     EXPECT_EQ(lines_left(&nothing), 0);
 }

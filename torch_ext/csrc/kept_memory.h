@@ -14,11 +14,13 @@
 
 namespace mmbal {
 
+constexpr int64_t LARGE_PAGE = int64_t{2} << 20;
+
 // Asks for large pages, 512 times fewer faults where the system grants them, for the whole ones of [data, data +
 // bytes).
 inline void ask_for_large_pages(void *data, int64_t bytes) {
 #if defined __linux__ && defined MADV_HUGEPAGE
-    constexpr uintptr_t LARGE = uintptr_t{2} << 20;
+    constexpr uintptr_t LARGE = LARGE_PAGE;
     const auto first = (reinterpret_cast<uintptr_t>(data) + LARGE - 1) / LARGE * LARGE;
     const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / LARGE * LARGE;
     if (data && first < end) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
@@ -27,17 +29,17 @@ inline void ask_for_large_pages(void *data, int64_t bytes) {
 #endif
 }
 
-// Whole large pages that nobody has written to, or NULL. Not from the heap: what somebody has freed there may lie in
-// small pages, and stays so whatever is asked for.
+// Large pages that nobody has written to, or NULL; bytes is a multiple of LARGE_PAGE. Not from the heap: what somebody
+// has freed there may lie in small pages, and stays so whatever is asked for.
 inline void *fresh_pages(int64_t bytes) {
-    constexpr uintptr_t LARGE = uintptr_t{2} << 20;
+    constexpr uintptr_t LARGE = LARGE_PAGE;
     const auto size = static_cast<size_t>(bytes);
 #if defined __linux__
     void *mapped = mmap(nullptr, size + LARGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) return nullptr;
     const auto begin = reinterpret_cast<uintptr_t>(mapped), first = (begin + LARGE - 1) / LARGE * LARGE;
     if (first > begin) munmap(mapped, first - begin);
-    if (first < begin + LARGE) munmap(reinterpret_cast<void *>(first + size), begin + LARGE - first);
+    munmap(reinterpret_cast<void *>(first + size), begin + LARGE - first);
     ask_for_large_pages(reinterpret_cast<void *>(first), bytes);
     return reinterpret_cast<void *>(first);
 #else
@@ -63,7 +65,7 @@ struct Block {
 // Blocks are whole large pages.
 class KeptMemory {
 public:
-    static constexpr int64_t PAGE = int64_t{2} << 20;
+    static constexpr int64_t PAGE = LARGE_PAGE;
 
     // limit: bytes that are kept at most; beyond it the oldest are freed. at_hand: as many bytes, of the newest, are
     // not offered to the system.

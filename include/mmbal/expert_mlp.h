@@ -67,7 +67,7 @@ typedef struct mmbal_expert_mlp_inputs {
 int64_t mmbal_expert_mlp_packed_bytes(mmbal_dtype dtype, mmbal_expert_mlp_shape shape);
 
 /* Lays the weights out as the products of the forward read them, so that they need not be packed in every call (those
- * of experts with some ten to a hundred rows read w1 and w2 themselves, which is faster). The
+ * of experts with up to 128 rows read w1 and w2 themselves, which is faster). The
  * layout is that of the instruction set in use: it is for this process, not for a file. */
 mmbal_status mmbal_expert_mlp_pack(mmbal_dtype dtype, const void *w1, /* [E, F, D] */
                                    const void *w2,                    /* [E, D, F] */

@@ -134,7 +134,7 @@ int main(int count, char **arguments) {
                                                    "dweights",
                                                    "combine dx"};
     const int64_t rows = R / E; /* docs/kernels.md: which way experts with so many go */
-    const int few_right = few_rows(rows) && (!bfloat16 || rows >= LEAST_RIGHT_PAIRS);
+    const int few_right = few_rows(rows) && forward.passes % 4 == 1; /* a pass more in each wave, and the last */
     print("forward", &forward, few_right ? 4 : 3, few_right ? forward_of_few : forward_names);
     print("backward", &backward, 5, rows > FEW_ROWS ? backward_of_many : backward_names);
     return 0;

@@ -416,34 +416,47 @@ def searches(Q, n, D, k, dtype):
         )
 
 
+FAILED = []
+
+
+def run(measure, *arguments):
+    """What fails is said in its place, and at the end by the exit status; the rest is measured."""
+    try:
+        measure(*arguments)
+    except Exception as error:
+        FAILED.append(measure.__name__)
+        print(f"| {measure.__name__}{arguments} failed: {str(error).splitlines()[0][:200]} | | | |", flush=True)
+
+
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "- TF32 off for float32")
 print("In a mixture's columns: milliseconds, and how many times mmbal's time that is.\n")
 print("| operator | mmbal | torch | torch / mmbal |\n|---|---|---|---|")
 for N in (8192, 131072):
-    routers(N, 8)
-divergences_and_weights(8192, 3, 100)
-masked_units(100, 768)
-masked_units(1000, 64)
-masked_elements(24, 2**20, torch.float32)
-masked_elements(1, 2**25, torch.bfloat16)
-masks_of_units(60, 1024)
-statistics_of_modalities(4096, 3, 1000, 512)
-mutual_information(256_000, 3, 100)
+    run(routers, N, 8)
+run(divergences_and_weights, 8192, 3, 100)
+for S, N in ((100, 768), (1000, 64)):
+    run(masked_units, S, N)
+run(masked_elements, 24, 2**20, torch.float32)
+run(masked_elements, 1, 2**25, torch.bfloat16)
+run(masks_of_units, 60, 1024)
+run(statistics_of_modalities, 4096, 3, 1000, 512)
+run(mutual_information, 256_000, 3, 100)
 for B, D, C in ((64, 512, 6), (1024, 768, 309), (4096, 2048, 1000)):
-    attributions(B, D, C)
+    run(attributions, B, D, C)
 for B, dtype in ((256, torch.float32), (4096, torch.float32), (8192, torch.bfloat16)):
-    alignments(B, 512, dtype)
+    run(alignments, B, 512, dtype)
 for Q, n in ((1, 1_000_000), (16, 1_000_000), (1000, 5000), (1000, 100_000)):
-    searches(Q, n, 512, 10, torch.float32)
-searches(1, 1_000_000, 512, 10, torch.bfloat16)
+    run(searches, Q, n, 512, 10, torch.float32)
+run(searches, 1, 1_000_000, 512, 10, torch.bfloat16)
 print(flush=True)
 plain = {"mmbal": with_mmbal, "torch grouped_mm": with_grouped_mm, "torch loop over experts": with_loop, "dense": dense}
-mixture(768, 3072, 8192, 4, 2, torch.bfloat16, plain)
-mixture(768, 3072, 8192, 4, 2, torch.float32, plain)
-mixture(1024, 4096, 16384, 8, 2, torch.bfloat16, plain)
-mixture(768, 3072, 8192, 4, 2, torch.float16, plain)
+run(mixture, 768, 3072, 8192, 4, 2, torch.bfloat16, plain)
+run(mixture, 768, 3072, 8192, 4, 2, torch.float32, plain)
+run(mixture, 1024, 4096, 16384, 8, 2, torch.bfloat16, plain)
+run(mixture, 768, 3072, 8192, 4, 2, torch.float16, plain)
 if time_left() > 25:
     compiled = {**plain, "torch.compile of grouped_mm": torch.compile(with_grouped_mm)}
-    mixture(768, 3072, 8192, 4, 2, torch.bfloat16, compiled)
+    run(mixture, 768, 3072, 8192, 4, 2, torch.bfloat16, compiled)
 else:
     print("torch.compile: not run, no time left")
+sys.exit(bool(FAILED))

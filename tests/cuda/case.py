@@ -43,8 +43,10 @@ class Case:
     tensors: list[Tensor]
     others: dict = field(default_factory=dict)
     tolerance: float | None = None  # of the largest |value|, where that of the dtype is not right
+    scale: float = 0.0  # the least |value| that tolerance is taken of: of sums whose terms cancel, that of the terms
     any_layout: bool = True  # the operator reads tensors that do not lie in one piece
     twice: bool = False  # it has second derivatives
+    inference: bool = False  # no gradient is asked for
     family: str = ""
 
     def arguments(self, device, requires_grad=True):

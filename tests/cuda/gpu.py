@@ -10,6 +10,7 @@ output of all parts, written to $OUT (or build/gpu): report.txt, logs.txt. The e
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -125,18 +126,25 @@ def only_our_kernels() -> list[str]:
     return []
 
 
-def sanitize(report: Report, environment: dict[str, str]):
+def start_tests(report: Report, environment: dict[str, str]) -> Part:
+    """In several processes where pytest-xdist is there: what a trap on the device ends is one of them."""
+    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    options = ["-q", "--durations=8", "-p", "no:cacheprovider", *workers]
+    return Part(report, "tests", [sys.executable, "-m", "pytest", str(HERE), *options], 240, environment)
+
+
+def start_sanitizers(report: Report, environment: dict[str, str]) -> dict[str, Part]:
     """The three tools side by side: each mostly waits for the host. See sanitized.py for what "all" adds."""
     tools = ("memcheck", "racecheck", "initcheck")
     if not shutil.which("compute-sanitizer"):
         for tool in tools:
             report.done(tool, "not run: compute-sanitizer is missing", 0)
-        return
+        return {}
     # No caching: an access beyond a tensor must not land in another one. Our kernels alone: torch's are torch's.
     watched = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ours = only_our_kernels()
-    parts = [
-        Part(
+    return {
+        tool: Part(
             report,
             tool,
             [
@@ -144,13 +152,16 @@ def sanitize(report: Report, environment: dict[str, str]):
                 *(sys.executable, str(HERE / "sanitized.py")),
                 *(["all"] if tool == "memcheck" else []),
             ],
-            110,
+            240,
             watched,
         )
         for tool in tools
-    ]
+    }
+
+
+def finish_sanitizers(report: Report, parts: dict[str, Part]):
     ran = {}
-    for tool, part in zip(tools, parts, strict=True):
+    for tool, part in parts.items():
         passed = part.wait(25)
         text = part.log.read_text(errors="replace") if part.log.exists() else ""
         if "Device not supported" in text or "not supported on this" in text:
@@ -166,7 +177,7 @@ def sanitize(report: Report, environment: dict[str, str]):
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--limit", type=float, default=290, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=420, help="seconds for everything")
     parser.add_argument("--build-limit", type=float, default=150, help="seconds for the build")
     parser.add_argument("--build", type=Path, default=Path("build/gpu"))
     parser.add_argument("--skip", nargs="*", default=[], help="parts: tests, bench, sanitizer")
@@ -200,13 +211,13 @@ def main() -> int:
             report.done(name, "not run: no GPU", 0)
         report.finish()
         return int(report.failed())
-    if "tests" not in options.skip:
-        tests = [sys.executable, "-m", "pytest", str(HERE), "-q", "--durations=8", "-p", "no:cacheprovider"]
-        Part(report, "tests", tests, 120, environment).wait(60)
-    if "bench" not in options.skip:
-        Part(report, "benchmarks", [sys.executable, str(HERE / "bench_gpu.py"), "60"], 80, environment).wait(80)
-    if "sanitizer" not in options.skip:
-        sanitize(report, environment)
+    if "bench" not in options.skip:  # alone; what follows shares the GPU
+        Part(report, "benchmarks", [sys.executable, str(HERE / "bench_gpu.py"), "90"], 130, environment).wait(80)
+    tests = start_tests(report, environment) if "tests" not in options.skip else None
+    sanitizers = start_sanitizers(report, environment) if "sanitizer" not in options.skip else {}
+    if tests:
+        tests.wait(80)
+    finish_sanitizers(report, sanitizers)
     report.finish()
     return int(report.failed())
 

@@ -40,7 +40,7 @@ def test_results_and_gradients_are_those_of_the_cpu(dtype, family, poisoned_memo
             for i, (e, a) in enumerate(zip(expected, actual, strict=True)):
                 assert a.is_cuda and a.dtype == e.dtype, case.name
                 if e.is_floating_point():
-                    oracles.assert_near(a.cpu(), e, tolerance, f"{case.name}: {what} {i}")
+                    oracles.assert_near(a.cpu(), e, tolerance, f"{case.name}: {what} {i}", case.scale)
                 else:
                     assert torch.equal(a.cpu(), e), f"{case.name}: {what} {i}"
 
@@ -91,7 +91,7 @@ def test_gradients_are_right(case):
 def test_operators_are_well_behaved(N, dtype, family):
     for case in families.of(family, "plain", N, dtype):
         for operator, (args, options) in case.calls("cuda").items():
-            if operator._opname not in without_derivative:
+            if operator._opname not in without_derivative and not case.inference:
                 for t in args:
                     if isinstance(t, torch.Tensor) and t.is_floating_point():
                         t.requires_grad_()

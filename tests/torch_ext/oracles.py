@@ -26,14 +26,14 @@ ACTIVATIONS = {
 }
 
 
-def assert_near(actual, expected, tolerance, what=""):
-    """max |actual - expected| <= tolerance * max |expected|, and nothing is NaN."""
+def assert_near(actual, expected, tolerance, what="", least_scale=0.0):
+    """max |actual - expected| <= tolerance * max |expected|, or of least_scale, and nothing is NaN."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
     actual, expected = actual.detach().double(), expected.detach().double()
     assert not actual.isnan().any(), f"{what}: NaN"
-    error, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
+    error, scale = (actual - expected).abs().max().item(), max(expected.abs().max().item(), least_scale)
     assert error <= tolerance * scale, f"{what}: largest error {error:.3e} at scale {scale:.3e}, allowed {tolerance}"
 
 

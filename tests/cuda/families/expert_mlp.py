@@ -38,7 +38,7 @@ def packed(N, dtype, D=17, F=33, E=3):
             )
         return y
 
-    case.name, case.call = f"packed {case.name}", call
+    case.name, case.call, case.inference = f"packed {case.name}", call, True
     return case
 
 

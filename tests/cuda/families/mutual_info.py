@@ -53,7 +53,7 @@ def cases(dtype):
 
 
 def plain(N, dtype):
-    return [continuous(N + 4, dtype), labels(N, masked=True)]
+    return [continuous(N + 4, dtype), labels(N + 4, masked=True)]  # of nothing it is NaN, which equals nothing
 
 
 def watched(torch_products):

@@ -1,11 +1,13 @@
 """Benchmarks of expert_mlp against what else can be installed. `make bench` prints a chosen subset within ten minutes;
-`make bench-full` measures every shape, appends each to a file and goes on there when it is started again."""
+`make bench-full` measures every shape, in one random order, appends each to a file and goes on there when it is started
+again: what it has measured when it is stopped, or after --minutes, is an even sample of all."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -41,7 +43,8 @@ def subset() -> list[Shape]:
 
 
 def every_shape() -> list[Shape]:
-    return [
+    """In an order that mixes them and is always the same."""
+    shapes = [
         Shape(D, F, N, E, K, routing, dtype, threads)
         for dtype in ("float32", "bfloat16")
         for threads in (2, 1)
@@ -51,6 +54,8 @@ def every_shape() -> list[Shape]:
         for routing in ("balanced", "zipf", "one")
         for N in TOKENS
     ]
+    random.Random(0).shuffle(shapes)
+    return shapes
 
 
 def measure(shape: Shape, seconds: float, check: bool) -> dict:
@@ -80,6 +85,15 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else float("nan")
 
 
+def sampled_mean(values: list[float], whole: int) -> str:
+    """The geometric mean; of some of the `whole` with its standard error, if these were drawn at random."""
+    mean, n = geometric_mean(values), len(values)
+    if n in (1, whole):
+        return f"{mean:.2f}"
+    error = statistics.stdev(map(math.log, values)) * math.sqrt(1 / n - 1 / whole)
+    return f"{mean:.2f} +- {mean * error:.2f} ({n} of {whole} shapes)"
+
+
 def ratio_table(results: list[dict], dtype: str) -> Table:
     table = Table(title=f"Forward + backward, {dtype}: how many times faster than", title_justify="left")
     for column in ("shape", "grouped_mm", "eager", "loop", "dense FFN", "mmbal GFLOP/s", "of peak", "spread"):
@@ -100,7 +114,7 @@ def rows_an_expert(result: dict) -> float:
     return shape.rows / shape.E if shape.routing == "balanced" else 0
 
 
-def summary(results: list[dict]) -> Table:
+def summary(results: list[dict], wanted: list[Shape], sampled: bool) -> Table:
     table = Table(title="Bars", title_justify="left")
     for column in ("what", "at least", "measured"):
         table.add_column(column)
@@ -109,15 +123,16 @@ def summary(results: list[dict]) -> Table:
         of = [r for r in results if r["shape"]["dtype"] == dtype]
         if not of:
             continue
+        whole = sum(shape.dtype == dtype for shape in wanted) if sampled else len(of)
         grouped = [r["seconds"]["grouped_mm"] / r["seconds"]["mmbal"] for r in of]
         fastest = [min(r["seconds"][peer] for peer in PEERS) / r["seconds"]["mmbal"] for r in of]
         worst = min(range(len(of)), key=fastest.__getitem__)
         if dtype == "float32":
-            table.add_row("float32 against grouped_mm, geometric mean", "1.8", f"{geometric_mean(grouped):.2f}")
+            table.add_row("float32 against grouped_mm, geometric mean", "1.8", sampled_mean(grouped, whole))
         table.add_row(
             f"{dtype} against the fastest peer, geometric mean and worst",
             bar[dtype],
-            f"{geometric_mean(fastest):.2f}, {fastest[worst]:.2f} at {Shape(**of[worst]['shape'])}",
+            f"{sampled_mean(fastest, whole)}, {fastest[worst]:.2f} at {Shape(**of[worst]['shape'])}",
         )
         large = [r for r in of if rows_an_expert(r) >= 512]
         if dtype == "float32" and large:
@@ -152,6 +167,7 @@ def load(path: Path) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every shape; goes on where it was stopped")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no shape after as many")
     parser.add_argument("--seconds", type=float, default=4, help="of turns for each shape")
     parser.add_argument("--no-check", action="store_true", help="do not compare the results of the contenders first")
     parser.add_argument("--only", default="", help="measure shapes whose line contains this text")
@@ -169,6 +185,8 @@ def main() -> None:
     for number, shape in enumerate(shapes, 1):
         if str(shape) in known:
             continue
+        if time.perf_counter() - begin > 60 * options.minutes:
+            break
         result = measure(shape, options.seconds, not options.no_check)
         known[str(shape)] = result
         with path.open("a") as file:
@@ -177,12 +195,12 @@ def main() -> None:
         console.print(
             f"{number}/{len(shapes)} {shape}: {best:.2f} times the fastest peer", style="dim", highlight=False
         )
-    results = [known[str(shape)] for shape in shapes]
+    results = [known[str(shape)] for shape in shapes if str(shape) in known]
     for dtype in ("float32", "bfloat16"):
         of = [r for r in results if r["shape"]["dtype"] == dtype]
         if of:
             console.print(ratio_table(of, dtype), highlight=False)
-    console.print(summary(results), highlight=False)
+    console.print(summary(results, shapes, options.full), highlight=False)
     if not options.no_costs:
         seconds = options.seconds
         for table in (kept_bytes(), router_stage(seconds), routing_cost(seconds), inference(seconds)):

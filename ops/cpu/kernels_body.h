@@ -80,14 +80,14 @@ static inline double gauss_f64(double x, double exp_of_half_square) {
 
 #ifdef __AVX512F__
 #include "sigmoid_avx512.h"
-#define SIGMOIDS_ARE_THERE
+#define SIGMOID_OF_A_VECTOR sigmoid_sixteen
 #endif
 #define REAL float
 #define NAME(f) f##_f32
 #include "kernels_real.h"
 #undef REAL
 #undef NAME
-#undef SIGMOIDS_ARE_THERE
+#undef SIGMOID_OF_A_VECTOR
 
 #define REAL double
 #define NAME(f) f##_f64

@@ -78,15 +78,19 @@ static void NAME(half_tile)(int rows, int64_t depth, const REAL *a, int64_t a_st
 }
 #undef FOR_ROWS
 
-/* A few vectors of a row at a time, in arrays that overlap nothing, so that every loop over them becomes vectors. */
-enum { NAME(CHUNK) = 4 * NAME(LANES) };
+/* A few vectors of a row at a time, in arrays that overlap nothing, so that every loop over them becomes vectors: at
+ * most 32 numbers, so that a row of 96 columns is whole chunks. */
+enum { NAME(CHUNK) = (VECTOR_BYTES == 64 ? 2 : 4) * NAME(LANES) };
 
 /* s[i] = 1 / (1 + exp(-z[i])) for a whole chunk */
-#ifndef SIGMOIDS_ARE_THERE
 static inline void NAME(sigmoids)(const REAL *restrict z, REAL *restrict s) {
+#ifdef SIGMOID_OF_A_VECTOR
+#pragma GCC unroll 2
+    for (int i = 0; i < NAME(CHUNK); i += NAME(LANES)) NAME(store)(s + i, SIGMOID_OF_A_VECTOR(NAME(load)(z + i)));
+#else
     for (int i = 0; i < NAME(CHUNK); i++) s[i] = 1 / (1 + NAME(exp)(-z[i]));
-}
 #endif
+}
 
 /* value = x sigmoid(z(x)); slope = s + x s (1 - s) z'(x). Three of the activations have this form. */
 #define SIGMOID_GATE(z_of_x, slope_of_z)                                                                               \

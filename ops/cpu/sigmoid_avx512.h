@@ -26,8 +26,3 @@ static inline __m512 sigmoid_sixteen(__m512 z) {
     const __mmask16 infinite = _mm512_cmp_ps_mask(one_and_exp, _mm512_set1_ps(INFINITY), _CMP_EQ_OQ);
     return _mm512_mask_mov_ps(reciprocal, infinite, _mm512_setzero_ps());
 }
-
-static inline void sigmoids_f32(const float *restrict z, float *restrict s) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 64; i += 16) _mm512_storeu_ps(s + i, sigmoid_sixteen(_mm512_loadu_ps(z + i)));
-}

@@ -7,7 +7,9 @@
  * is small: while a wave is under way, E, offsets, the weights and their gradients are those of its experts. */
 typedef struct {
     const mmbal_kernels *kernels;
-    int tile_rows, past_caches; /* past_caches: the gradients of the weights are so large that they bypass the caches */
+    int tile_rows;
+    int past_caches;      /* the gradients of the weights are so large that they bypass the caches */
+    int keep_past_caches; /* so is the preactivation */
     mmbal_activation activation;
     dropout hidden_dropout, output_dropout;
     int64_t N, D, F, E, K, R;

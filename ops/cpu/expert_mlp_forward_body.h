@@ -43,11 +43,11 @@ static void NAME(finish_hidden)(const NAME(call) * c, block at, REAL *u, OPERAND
     for (int64_t r = at.row; r < at.row + at.rows; r++, u += at.stride, hidden += stride) {
         STORED *kept = c->kept_preactivation ? c->kept_preactivation + r * c->F + at.col : NULL;
         if (r + FETCH_AHEAD < at.row + at.rows) {
-            if (kept) fetch_span(kept + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
+            if (kept && !c->keep_past_caches) fetch_span(kept + FETCH_AHEAD * c->F, at.cols * (int64_t)sizeof(STORED));
             fetch_span(hidden + FETCH_AHEAD * stride, at.cols * (int64_t)sizeof(OPERAND));
         }
         if (c->b1) c->kernels->OF_REAL(add)(at.cols, bias, u);
-        NAME(round_row)(c->kernels, at.cols, u, kept);
+        NAME(round_row)(c->kernels, at.cols, u, kept, c->keep_past_caches);
 #if STORED_IS_REAL
         REAL *value = hidden;
 #else
@@ -87,6 +87,7 @@ static mmbal_status NAME(hidden_task)(void *context, int worker, int64_t begin, 
             }
         }
     }
+    stream_end();
     return MMBAL_OK;
 }
 
@@ -135,6 +136,7 @@ static mmbal_status NAME(forward)(const mmbal_expert_mlp_inputs *inputs, mmbal_e
     arena from = {(uintptr_t)workspace};
     NAME(forward_workspace)(&c, NAME(most_columns)(c.offsets, c.E, pool->workers), pool->workers, &from);
     c.y = y, c.kept_preactivation = preactivation;
+    c.keep_past_caches = c.R * c.F * (int64_t)sizeof(STORED) >= STREAMED_BYTES;
     if (!NAME(weights_go_left)(c.kernels, c.D)) c.input_columns = NULL;
     if (!NAME(weights_go_left)(c.kernels, c.F)) c.hidden_columns = NULL;
     c.row_blocking.wide_from = c.input_columns && c.hidden_columns ? NAME(FEWEST_RIGHT) : FEW_ROWS + 1;

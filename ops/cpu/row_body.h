@@ -9,14 +9,20 @@ static void NAME(narrow)(const mmbal_kernels *kernels, int64_t n, const REAL *fr
 }
 
 /* u as it is stored, n <= BLOCK_COLS: rounded, and kept where that is not NULL */
-static void NAME(round_row)(const mmbal_kernels *kernels, int64_t n, REAL *u, STORED *kept) {
+static void NAME(round_row)(const mmbal_kernels *kernels, int64_t n, REAL *u, STORED *kept, int past_caches) {
+    const int64_t bytes = n * (int64_t)sizeof(STORED);
 #if STORED_IS_REAL
-    if (kept) NARROW(kernels, n, u, kept);
+    if (!kept) return;
+    if (past_caches)
+        kernels->stream(bytes, u, kept);
+    else
+        NARROW(kernels, n, u, kept);
 #else
-    STORED rounded[BLOCK_COLS];
-    if (!kept) kept = rounded;
-    NARROW(kernels, n, u, kept);
-    WIDEN(kernels, n, kept, u);
+    STORED line[BLOCK_COLS];
+    STORED *rounded = kept && !past_caches ? kept : line;
+    NARROW(kernels, n, u, rounded);
+    WIDEN(kernels, n, rounded, u);
+    if (kept && past_caches) kernels->stream(bytes, rounded, kept);
 #endif
 }
 

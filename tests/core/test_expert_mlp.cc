@@ -112,6 +112,11 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenWeightsAreLargeEnoughToBypassTheCach
     expect_both<TypeParam>({.N = 530, .D = 300, .F = 200, .E = 75, .K = 1, .only_expert = 3});
 }
 
+TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenThePreactivationIsLargeEnoughToBypassTheCaches) {
+    const int64_t F = 1001, size = sizeof(typename TypeParam::Stored); // rows that begin anywhere in a line
+    expect_both<TypeParam>({.N = (int64_t{8} << 20) / (F * size) + 1, .D = 2, .F = F, .E = 2, .K = 1});
+}
+
 TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
     for (const Spec &s : {Spec{}, Spec{.N = 70, .D = 1, .F = 1}, Spec{.N = 30, .D = 600, .F = 259, .E = 3},
                           Spec{.N = 700, .D = 19, .F = 200, .E = 3, .K = 2},

@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two layers, batch 4: shows that it runs")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for a spread, not {arguments.rounds}")
     torch.set_num_threads(2)
     B = 4 if arguments.quick else arguments.batch
     model = clip_moe(arguments.quick)

@@ -21,7 +21,7 @@ if dist.is_available():
     from torch.utils.checkpoint import checkpoint
 
     import ranks
-    from mmbal import MoEMLP
+    from mmbal import MoEMLP, pack
     from mmbal.distributed import clip_grad_norm_, expert_parameters, fully_shard_routers, shard_experts
     from ranks import (
         assert_same_training,
@@ -226,6 +226,7 @@ def refusals():
         "mesh": message(shard_experts, make(), init_device_mesh("cpu", (2, 1, 2))),
         "dense": message(sharded.images.blocks[0].mlp.to_dense, 0),
         "dense after fully_shard": message(blocks.images.blocks[0].mlp.to_dense, 0),
+        "packed": message(pack, sharded.eval()),
         "replaced": message(replaced),
         "width": message(sharded.images.blocks[0].mlp, torch.zeros(3, 5)),
     }
@@ -393,6 +394,7 @@ def test_the_norm_counts_split_gradients_once_and_clips_all(four_processes):
         "replaced": "load weights with torch.distributed.checkpoint.state_dict.set_model_state_dict",
         "dense": "load the full state dict into a whole model first",
         "dense after fully_shard": "experts are split over processes",
+        "packed": "pack: experts are split over processes",
         "width": "x must be [..., 8], got [3, 5]",
     }.items(),
 )

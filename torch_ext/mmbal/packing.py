@@ -74,7 +74,7 @@ def pack(model: nn.Module) -> int:
     float32, float64 and, on processors that multiply bfloat16, bfloat16; twice them for half types that are multiplied
     as float32.
     """
-    from mmbal.moe import MoEMLP
+    from mmbal.moe import MoEMLP, _is_split
 
     layers = [module for module in model.modules() if isinstance(module, MoEMLP)]
     if not layers:
@@ -82,6 +82,10 @@ def pack(model: nn.Module) -> int:
     for layer in layers:
         if layer.training:
             raise ValueError("pack: model must be in evaluation mode, call model.eval() first")
+        if _is_split(layer.experts.w1):
+            raise NotImplementedError(
+                "pack: experts are split over processes; load the full state dict into a whole model first"
+            )
         if layer.experts.w1.device.type not in ("cpu", "cuda"):
             raise ValueError(f"pack: the weights must be on a CPU or a GPU, got {layer.experts.w1.device}")
     layers = [layer for layer in layers if not _lie_right(layer.experts)]

@@ -114,7 +114,7 @@ def rows_an_expert(result: dict) -> float:
     return shape.rows / shape.E if shape.routing == "balanced" else 0
 
 
-def summary(results: list[dict], wanted: list[Shape], sampled: bool) -> Table:
+def summary(results: list[dict], wanted: list[Shape]) -> Table:
     table = Table(title="Bars", title_justify="left")
     for column in ("what", "at least", "measured"):
         table.add_column(column)
@@ -123,7 +123,7 @@ def summary(results: list[dict], wanted: list[Shape], sampled: bool) -> Table:
         of = [r for r in results if r["shape"]["dtype"] == dtype]
         if not of:
             continue
-        whole = sum(shape.dtype == dtype for shape in wanted) if sampled else len(of)
+        whole = sum(shape.dtype == dtype for shape in wanted)
         grouped = [r["seconds"]["grouped_mm"] / r["seconds"]["mmbal"] for r in of]
         fastest = [min(r["seconds"][peer] for peer in PEERS) / r["seconds"]["mmbal"] for r in of]
         worst = min(range(len(of)), key=fastest.__getitem__)
@@ -200,7 +200,7 @@ def main() -> None:
         of = [r for r in results if r["shape"]["dtype"] == dtype]
         if of:
             console.print(ratio_table(of, dtype), highlight=False)
-    console.print(summary(results, shapes, options.full), highlight=False)
+    console.print(summary(results, shapes), highlight=False)
     if not options.no_costs:
         seconds = options.seconds
         for table in (kept_bytes(), router_stage(seconds), routing_cost(seconds), inference(seconds)):

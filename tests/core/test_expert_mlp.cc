@@ -7,6 +7,7 @@
 
 extern "C" {
 #include "blocks.h"
+#include "stream.h"
 }
 
 namespace {
@@ -114,7 +115,7 @@ TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenWeightsAreLargeEnoughToBypassTheCach
 
 TYPED_TEST(ExpertMlp, FollowsItsFormulasWhenThePreactivationIsLargeEnoughToBypassTheCaches) {
     const int64_t F = 1001, size = sizeof(typename TypeParam::Stored); // rows that begin anywhere in a line
-    expect_both<TypeParam>({.N = (int64_t{8} << 20) / (F * size) + 1, .D = 2, .F = F, .E = 2, .K = 1});
+    expect_both<TypeParam>({.N = STREAMED_BYTES / (F * size) + 1, .D = 2, .F = F, .E = 2, .K = 1});
 }
 
 TYPED_TEST(ExpertMlp, PackedWeightsGiveTheSameBits) {
